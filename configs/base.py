@@ -1,0 +1,110 @@
+"""Every config key, with the reference's values (SAVE on MSR-VTT); experiments change what differs.
+
+Rates, sizes and constants are those of the paper's released code; see each comment for what a key
+means and `python -m save_jax.main --help` for how to set one from the command line.
+"""
+
+from ml_collections import ConfigDict
+
+from save_jax.errors import UserError
+
+# The baselines are settings of the one model, not code of their own.
+MODELS = {
+    "save": {},
+    "avigate": {
+        "model.vision_weight": 0.95,
+        "model.sound_weight": 0.05,
+        "model.speech_weight": 0.0,
+        "loss.soft_albef_weight": 0.0,
+    },
+    "clip4clip": {
+        "model.sound_weight": 0.0,
+        "model.speech_weight": 0.0,
+        "model.frame_positions": False,
+        "loss.margin_delta": 0.0,
+        "loss.soft_albef_weight": 0.0,
+        "loss.local_weight": 0.0,  # mean pooling: one vector a video
+    },
+}
+
+
+def apply_model(config: ConfigDict, name: str) -> None:
+    """Turns a config of SAVE into one of the models above, in place.
+
+    Raises:
+        UserError: no such model.
+    """
+    if name not in MODELS:
+        raise UserError(
+            f"unknown model {name!r} after the config file's name: expected one of "
+            f"{', '.join(MODELS)}"
+        )
+    config.update_from_flattened_dict(MODELS[name])
+
+
+def get_config() -> ConfigDict:
+    """SAVE at full size, without a data set."""
+    config = ConfigDict()
+    config.mode = "train"  # "train" goes on from what the workdir holds; or "evaluate"
+    config.seed = 0
+    config.init_from = ""  # a workdir, or one of its checkpoints; "" starts from random weights
+    config.dtype = "float32"  # compute dtype: "float32" or "bfloat16"; parameters stay float32
+
+    config.batch_size = 128  # global: over all devices of all hosts
+    config.eval_batch_size = 64
+    config.epochs = 5
+    config.steps = 0  # 0: from epochs
+    config.eval_every = 1  # epochs between evaluations; the last step is always evaluated
+    config.checkpoint_every = 500  # steps; evaluated steps are always kept
+    config.log_every = 20  # steps; runs of up to 100 steps log each
+    config.mesh = ConfigDict({"data": -1})  # axis name -> size; -1: all remaining devices
+
+    config.data = ConfigDict(
+        {
+            "dataset": "",
+            "variant": "",
+            "dir": "",  # a directory made by `python -m data_pipelines.prepare`
+            "train_split": "train",
+            "eval_split": "test",
+            "max_frames": 12,  # F
+            "max_words": 32,  # L, tokens of a caption and of a transcript
+            "tokenizer": "",  # directory or hub id of a CLIP tokenizer; "": the one installed
+        }
+    )
+
+    config.model = ConfigDict(
+        {
+            "clip": "ViT-B/32",  # a name, or sizes: see save_jax/models/clip.py
+            "ast": "base",  # likewise: save_jax/models/ast.py
+            # video = vision·v + sound·â + speech·ŝ; a branch of weight 0 does not exist.
+            "vision_weight": 1.0,
+            "sound_weight": 0.5,
+            "speech_weight": 0.5,
+            "frame_positions": True,
+            "fusion_layers": 4,
+            "audio_queries": 12,
+        }
+    )
+
+    config.loss = ConfigDict(
+        {
+            "margin_beta": 0.2,
+            "margin_delta": 0.1,
+            "soft_albef_weight": 1.0,
+            "local_weight": 0.5,
+        }
+    )
+
+    # Peak learning rates; a group of rate 0 is frozen, and costs no optimiser memory.
+    config.optimizer = ConfigDict(
+        {
+            "clip": 1e-7,
+            "clip_stem": 0.0,
+            "ast": 0.0,
+            "ast_norm": 1e-7,
+            "new": 1e-4,
+            "query_tokens": 1e-2,
+            "weight_decay": 0.2,
+        }
+    )
+    return config

@@ -1,0 +1,23 @@
+"""SAVE on MSR-VTT: `configs/msrvtt.py` is 9k; `:7k`, `:7k-1ka`, and `:9k,avigate` and the like."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+SPLITS = ("9k", "7k", "7k-1ka")
+
+
+def get_config(options: str = "9k") -> ConfigDict:
+    """The published setting.
+
+    Args:
+        options: a split ("9k", "7k", "7k-1ka") and a model (`base.MODELS`), comma-separated.
+    """
+    config = base.get_config()
+    config.data.dataset, config.data.variant = "msrvtt", "9k"
+    for option in options.split(","):
+        if option in SPLITS:
+            config.data.variant = option
+        else:
+            base.apply_model(config, option)
+    return config

@@ -1,0 +1,418 @@
+"""Prepared clips in, batches out: shuffled, sharded, resumable (tf.data).
+
+The order of training is a function of (seed, epoch) alone. Which processes there are, how many
+threads, and where a run was interrupted do not change it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
+
+from data_pipelines.prepare import prepared_by
+from data_pipelines.recipe import Recipe, version_directory
+from data_pipelines.text import Tokenizer
+from save_jax.batch import Batch
+from save_jax.errors import UserError
+
+# TensorFlow only reads and decodes here; on first use it would reserve the whole GPU. Where it was
+# used before, that is decided already.
+with contextlib.suppress(RuntimeError):
+    tf.config.set_visible_devices([], "GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a prepared data set: light facts in memory, heavy arrays on disk.
+
+    Attributes:
+        name: "train", "val" or "test".
+        recipe: what made the stored arrays.
+        record_paths: the files of its records, in order.
+        video_ids: the clips, in the order of their records; a clip's place here is its row.
+        captions: the captions of each clip.
+        groups: for each clip, the group of each of its captions; "" = none.
+        transcripts: what is said in each clip; "" = nothing.
+        has_audio: bool [clips].
+        has_teacher: bool [clips].
+    """
+
+    name: str
+    recipe: Recipe
+    record_paths: list[str]
+    video_ids: list[str]
+    captions: list[list[str]]
+    groups: list[list[str]]
+    transcripts: list[str]
+    has_audio: np.ndarray
+    has_teacher: np.ndarray
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.video_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many (clip, caption) pairs there are."""
+        return sum(map(len, self.captions))
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionTable:
+    """All captions of a split, clip by clip.
+
+    Attributes:
+        texts: the captions.
+        video_rows: int32 [captions], the row of each caption's clip.
+        groups: the group of each caption; "" = none.
+    """
+
+    texts: list[str]
+    video_rows: np.ndarray
+    groups: list[str]
+
+
+def open_split(
+    data_dir: str, dataset: str, variant: str, split: str, expected_recipe: dict[str, int | str]
+) -> Split:
+    """Opens a split that data_pipelines.prepare has written.
+
+    Args:
+        data_dir: the folder that was prepare's --out.
+        dataset: the data set's name.
+        variant: the name of its variant.
+        split: "train", "val" or "test".
+        expected_recipe: fields of Recipe, and the values that the model needs.
+
+    Raises:
+        UserError: it is not prepared, was prepared by another recipe, or lacks files.
+    """
+    directory = version_directory(data_dir, dataset, variant, Recipe.version)
+    if not (directory / "metadata.json").exists():
+        flags = "".join(
+            f" --{field}={expected_recipe[field]}"
+            for field in ("image_size", "max_frames", "fbank_frames", "encoding")
+            if field in expected_recipe
+        )
+        raise UserError(
+            f"expected {dataset} {variant} prepared in {data_dir}, did not find "
+            f"{directory / 'metadata.json'}. Prepare it with\n  python -m data_pipelines.prepare "
+            f"{dataset} --root=ROOT --out={data_dir} --variant={variant}{flags}\n"
+            "ROOT being the folder of the data set's own files; or point data.dir to where it is."
+        )
+    recipe = prepared_by(directory)
+    recipe.check(expected_recipe, str(directory))
+    index = _read_index(directory, split)
+    paths = _record_paths(directory, split)
+    return Split(
+        name=split,
+        recipe=recipe,
+        record_paths=paths,
+        video_ids=[entry["video_id"] for entry in index],
+        captions=[entry["captions"] for entry in index],
+        groups=[entry["groups"] for entry in index],
+        transcripts=[entry["transcript"] for entry in index],
+        has_audio=np.array([entry["has_audio"] for entry in index], bool),
+        has_teacher=np.array([entry["has_teacher"] for entry in index], bool),
+    )
+
+
+def caption_table(split: Split) -> CaptionTable:
+    """Lists all captions of a split with the rows of their clips."""
+    return CaptionTable(
+        texts=[caption for captions in split.captions for caption in captions],
+        video_rows=np.repeat(
+            np.arange(split.num_clips, dtype=np.int32), [len(c) for c in split.captions]
+        ),
+        groups=[group for groups in split.groups for group in groups],
+    )
+
+
+def steps_per_epoch(split: Split, batch_size: int) -> int:
+    """Batches of `batch_size` pairs in an epoch, the last, incomplete one dropped.
+
+    Raises:
+        UserError: the split has fewer pairs than a batch.
+    """
+    steps = split.num_pairs // batch_size
+    if steps == 0:
+        raise UserError(
+            f"expected at least one batch of {batch_size} in the split {split.name!r}, found "
+            f"{split.num_pairs} captions of {split.num_clips} clips. Lower batch_size."
+        )
+    return steps
+
+
+def train_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    max_words: int,
+    sound: bool,
+    speech: bool,
+    teacher: bool,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields this process's share of the batches of steps start_step … total_steps − 1.
+
+    Every (clip, caption) pair occurs once an epoch, except the last few that fill no batch.
+    Process p's share is the p-th of equal, contiguous parts of the global batch. Steps before
+    `start_step` cost nothing.
+
+    Args:
+        split: what to train on.
+        batch_size: pairs in the global batch.
+        seed: decides the order.
+        start_step: the first step, counted from 0 over all epochs.
+        total_steps: the step to stop before.
+        max_words: L, ids a text.
+        sound: whether to read filterbanks.
+        speech: whether to give transcripts.
+        teacher: whether to read the teacher's vectors.
+        tokenizer: turns texts into ids.
+        process_index: which process this is.
+        process_count: how many there are.
+
+    Raises:
+        UserError: the split is smaller than a batch, or a batch cannot be shared out evenly.
+    """
+    per_epoch = steps_per_epoch(split, batch_size)
+    share = _share(batch_size, process_index, process_count)
+    table = caption_table(split)
+    caption_ids = tokenizer(table.texts, max_words)
+    transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
+
+    @functools.lru_cache(maxsize=2)  # reading ahead may be in the next epoch already
+    def order(epoch: int) -> np.ndarray:
+        return epoch_order(seed, epoch, split.num_pairs)
+
+    def pairs_of(step: int) -> np.ndarray:
+        epoch, step_in_epoch = divmod(step, per_epoch)
+        return order(epoch)[step_in_epoch * batch_size :][share]
+
+    def batches() -> Iterator[Batch]:
+        steps = range(start_step, total_steps)
+        read = _read(split, steps, lambda step: table.video_rows[pairs_of(step)], sound, teacher)
+        for step, arrays in zip(steps, read, strict=True):
+            pairs = pairs_of(step)
+            rows = table.video_rows[pairs]
+            yield _batch(split, arrays, rows, caption_ids[pairs], transcript_ids, sound, teacher)
+
+    return batches()
+
+
+def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
+    """The order of all pairs in an epoch: a function of its arguments and nothing else."""
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_pairs)
+
+
+def clip_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    max_words: int,
+    sound: bool,
+    speech: bool,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields this process's share of all clips, each once, in order, for embedding.
+
+    The last batch is filled up with a clip whose `index` is -1, so that every process yields the
+    same number of batches of the same size.
+
+    Args:
+        split: the clips.
+        batch_size: clips in the global batch.
+        max_words: L, ids a transcript.
+        sound: whether to read filterbanks.
+        speech: whether to give transcripts.
+        tokenizer: turns texts into ids.
+        process_index: which process this is.
+        process_count: how many there are.
+
+    Raises:
+        UserError: a batch cannot be shared out evenly.
+    """
+    share = _share(batch_size, process_index, process_count)
+    transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
+
+    def index_of(step: int) -> np.ndarray:
+        rows = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int32)[share]
+        return np.where(rows < split.num_clips, rows, -1)
+
+    def rows_of(step: int) -> np.ndarray:
+        return np.maximum(index_of(step), 0)
+
+    def batches() -> Iterator[Batch]:
+        steps = range(-(-split.num_clips // batch_size))
+        read = _read(split, steps, rows_of, sound, teacher=False)
+        for step, arrays in zip(steps, read, strict=True):
+            batch = _batch(split, arrays, rows_of(step), None, transcript_ids, sound, teacher=False)
+            yield batch._replace(index=index_of(step))
+
+    return batches()
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The part of a global batch that is this process's."""
+    size, left = divmod(batch_size, process_count)
+    if left or not size:
+        raise UserError(
+            f"expected a global batch size that {process_count} processes share evenly, found "
+            f"{batch_size}. Choose a multiple of {process_count}."
+        )
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def _batch(
+    split: Split,
+    arrays: dict[str, np.ndarray],
+    rows: np.ndarray,
+    caption_ids: np.ndarray | None,
+    transcript_ids: np.ndarray | None,
+    sound: bool,
+    teacher: bool,
+) -> Batch:
+    """Adds to what was read of each row what is in memory already."""
+    return Batch(
+        frames=arrays["frames"],
+        frame_mask=arrays["frame_mask"],
+        caption_ids=caption_ids,
+        transcript_ids=None if transcript_ids is None else transcript_ids[rows],
+        fbank=arrays.get("fbank"),
+        has_audio=split.has_audio[rows] if sound else None,
+        teacher_video=arrays.get("teacher_video"),
+        teacher_audio=arrays.get("teacher_audio"),
+        has_teacher=split.has_teacher[rows] if teacher else None,
+        index=rows,
+    )
+
+
+def _read(
+    split: Split,
+    steps: range,
+    rows_of: Callable[[int], np.ndarray],
+    sound: bool,
+    teacher: bool,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Reads and decodes the heavy arrays of the clips of each step, ahead of their use.
+
+    Args:
+        split: the clips.
+        steps: the steps, contiguous.
+        rows_of: the rows of a step's clips, as many for each step.
+        sound: whether to read filterbanks.
+        teacher: whether to read the teacher's vectors.
+    """
+    if not steps:
+        return
+    records = array_record_data_source.ArrayRecordDataSource(split.record_paths)
+
+    def read(step: np.int64) -> np.ndarray:
+        return np.array(records.__getitems__(rows_of(int(step)).tolist()), object)
+
+    def read_step(step: tf.Tensor) -> tf.Tensor:
+        serialized = tf.numpy_function(read, [step], tf.string, stateful=False)
+        return tf.ensure_shape(serialized, [batch_size])
+
+    batch_size = len(rows_of(steps.start))
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = max(2, os.cpu_count() or 1)
+    options.threading.max_intra_op_parallelism = 1  # clips are decoded side by side already
+    dataset = (
+        tf.data.Dataset.range(steps.start, steps.stop)
+        .map(read_step)
+        .prefetch(1)
+        .unbatch()
+        .map(
+            functools.partial(_parse, recipe=split.recipe, sound=sound, teacher=teacher),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(2)
+        .with_options(options)
+    )
+    yield from dataset.as_numpy_iterator()
+
+
+def _parse(
+    serialized: tf.Tensor, *, recipe: Recipe, sound: bool, teacher: bool
+) -> dict[str, tf.Tensor]:
+    """Decodes those features of a record (datasets/builder.py) that are wanted."""
+    wanted = {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
+    if sound:
+        wanted["fbank"] = tf.io.FixedLenFeature([], tf.string)
+    if teacher:
+        vector = tf.io.FixedLenFeature([recipe.teacher_size], tf.float32)
+        wanted |= {"teacher_video": vector, "teacher_audio": vector}
+    record = tf.io.parse_single_example(serialized, wanted)
+
+    size, most = recipe.image_size, recipe.max_frames
+    frames = tf.map_fn(
+        functools.partial(_decode_frame, encoding=recipe.encoding),
+        record["frames"],
+        fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
+    )
+    count = tf.shape(frames)[0]
+    frames = tf.pad(frames, [[0, most - count], [0, 0], [0, 0], [0, 0]])
+    record["frames"] = tf.ensure_shape(frames, [most, size, size, 3])
+    record["frame_mask"] = tf.range(most) < count
+    if sound:
+        record["fbank"] = tf.reshape(
+            tf.io.decode_raw(record["fbank"], tf.float16), [recipe.fbank_frames, recipe.mel_bins]
+        )
+    return record
+
+
+def _decode_frame(encoded: tf.Tensor, encoding: str) -> tf.Tensor:
+    if encoding == "png":
+        return tf.io.decode_png(encoded, channels=3)
+    # The default method is allowed to be an approximation.
+    return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _read_index(directory: pathlib.Path, split: str) -> list[dict]:
+    path = directory / f"index-{split}.json"
+    if not path.exists():
+        there = sorted(p.stem.removeprefix("index-") for p in directory.glob("index-*.json"))
+        raise UserError(
+            f"expected the split {split!r} in {directory}, did not find {path.name}; the splits "
+            f"there: {', '.join(there) or 'none'}."
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}: expected the index that data_pipelines.prepare wrote, found malformed JSON "
+            f"({error}). Remove {directory} and prepare again."
+        ) from error
+
+
+def _record_paths(directory: pathlib.Path, split: str) -> list[str]:
+    """The files of a split's records, in order; UserError naming those that are not there."""
+    info = tfds.builder_from_directory(directory).info.splits[split]
+    paths = [os.fspath(path) for path in info.filepaths]
+    absent = [path for path in paths if not os.path.exists(path)]
+    if absent:
+        raise UserError(
+            f"{directory}: expected {len(paths)} files of records, did not find\n"
+            + "\n".join(f"  {path}" for path in absent)
+            + f"\nCopy them there too, or remove {directory} and prepare again."
+        )
+    return paths

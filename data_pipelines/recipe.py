@@ -1,0 +1,61 @@
+"""The recipe that made a prepared directory: recorded when writing, checked when reading.
+
+A model trained on 224-pixel frames must not silently read 112-pixel ones; nor may two spellings of
+the filterbank meet in one experiment. Whatever changes the stored arrays is a field here.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from save_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides the stored arrays of a clip (spec section 1).
+
+    Attributes:
+        image_size: height and width of a stored frame, in pixels.
+        max_frames: F, the most frames kept of a clip.
+        encoding: "jpeg" (quality 95) or "png" (lossless), how a frame is compressed.
+        fbank_frames: T, filterbank frames a clip; the frame shift is duration / T.
+        mel_bins: M, mel bins.
+        teacher_size: length of a teacher vector.
+        version: raised whenever the code that makes the arrays changes what it makes.
+    """
+
+    image_size: int = 224
+    max_frames: int = 12
+    encoding: str = "jpeg"
+    fbank_frames: int = 1024
+    mel_bins: int = 128
+    teacher_size: int = 1024
+    version: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        return cls(**json.loads(text))
+
+    def check(self, expected: dict[str, int | str], where: str) -> None:
+        """Raises UserError naming every field in which `expected` differs from this recipe."""
+        found = dataclasses.asdict(self)
+        differing = {k: (v, found[k]) for k, v in expected.items() if found[k] != v}
+        if differing:
+            lines = [
+                f"  {k}: wanted {w}, prepared with {f}" for k, (w, f) in sorted(differing.items())
+            ]
+            raise UserError(
+                f"{where} was prepared with another recipe than is wanted now:\n"
+                + "\n".join(lines)
+                + "\nPrepare again into another directory (python -m data_pipelines.prepare --help)"
+                " or change what is wanted."
+            )
+
+
+def version_directory(out: str, dataset: str, variant: str, version: int) -> pathlib.Path:
+    """Where a data set prepared by a recipe of `version` lies: TFDS's layout."""
+    return pathlib.Path(out) / dataset / variant / f"{version}.0.0"

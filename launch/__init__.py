@@ -1,0 +1,1 @@
+"""Around training: comparing runs."""

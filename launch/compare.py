@@ -1,0 +1,77 @@
+"""One table of several finished runs: python -m launch.compare WORKDIR [WORKDIR ...]
+
+Rows are runs, in the order given; columns are text→video SumR, then R@1 of all queries and of each
+query group. The last evaluation of each run counts.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from save_jax.errors import UserError
+
+
+def last_evaluation(workdir: pathlib.Path) -> dict:
+    """The metrics of a run's last evaluation.
+
+    Raises:
+        UserError: the run has none.
+    """
+    found = {int(path.parent.name): path for path in workdir.glob("evaluation/*/metrics.json")}
+    if not found:
+        raise UserError(
+            f"{workdir} holds no evaluation/STEP/metrics.json: train or evaluate there first"
+        )
+    return json.loads(found[max(found)].read_text())
+
+
+def table(results: dict[str, dict]) -> str:
+    """Rows of runs, columns of metrics; a group that a run lacks is left blank."""
+    groups = list(dict.fromkeys(name for r in results.values() for name in r["groups"]))
+    first = next(iter(results.values()))
+    columns = ["SumR", "R@1", *groups]
+    width = max(map(len, results)) + 2
+    sizes = [
+        "",
+        f"({first['protocol']['captions']})",
+        *(f"({first['groups'].get(name, {}).get('queries', '')})" for name in groups),
+    ]
+    lines = [
+        " " * width + "".join(f"{c:>14}" for c in columns),
+        " " * width + "".join(f"{c:>14}" for c in sizes),
+    ]
+    for name, result in results.items():
+        values = [
+            result["t2v"]["SumR"],
+            result["t2v"]["R1"],
+            *(result["groups"].get(g, {}).get("t2v", {}).get("R1") for g in groups),
+        ]
+        lines.append(
+            f"{name:<{width}}"
+            + "".join(f"{'' if v is None else format(v, '.1f'):>14}" for v in values)
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", nargs="+", type=pathlib.Path)
+    workdirs = parser.parse_args(argv).workdir
+    try:
+        names = [workdir.name for workdir in workdirs]
+        if len(set(names)) < len(names):
+            names = list(map(str, workdirs))
+        results = {
+            name: last_evaluation(workdir) for name, workdir in zip(names, workdirs, strict=True)
+        }
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("Text→video: SumR, then R@1 (%) of all queries and of each group (number of queries).")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

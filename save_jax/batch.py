@@ -1,0 +1,42 @@
+"""The contract between the data pipelines and the model: every array of a batch.
+
+B = clips in this batch, F = frames a clip, L = text tokens, T = filterbank frames (1024 at full
+size), M = mel bins (128). Arrays a config does not use (sound in CLIP4Clip, say) are None: they
+are neither decoded, nor sent to the device.
+"""
+
+from typing import Any, NamedTuple
+
+# A NumPy array on the host, a jax.Array on the device: this file imports neither.
+Array = Any
+
+
+class Batch(NamedTuple):
+    """B clips, each with one caption when the batch is for training (spec section 1).
+
+    Attributes:
+        frames: uint8 [B, F, height, width, 3], RGB, not normalised; padding frames hold anything,
+            because the model masks them after normalising.
+        frame_mask: bool [B, F]; True where a frame is real. Real frames come first.
+        caption_ids: int32 [B, L], CLIP byte-pair ids: start, tokens, end, zeros. None in batches
+            that are for embedding videos.
+        transcript_ids: int32 [B, L]; all zero for a clip without a transcript.
+        fbank: float16 [B, T, M], log-Mel filterbank, normalised; all zero without an audio track.
+        has_audio: bool [B]; False for a clip without an audio track.
+        teacher_video: float32 [B, 1024], ImageBind's vector of the clip's video.
+        teacher_audio: float32 [B, 1024], ImageBind's vector of the clip's audio.
+        has_teacher: bool [B]; False where the teacher's vectors are missing or unusable.
+        index: int32 [B], the clip's row in the split, so that a clip can be named; -1 marks a row
+            that only fills up the last batch of an evaluation.
+    """
+
+    frames: Array
+    frame_mask: Array
+    caption_ids: Array | None
+    transcript_ids: Array | None
+    fbank: Array | None
+    has_audio: Array | None
+    teacher_video: Array | None
+    teacher_audio: Array | None
+    has_teacher: Array | None
+    index: Array

@@ -1,0 +1,208 @@
+"""Checkpoints: written asynchronously by orbax, kept by retention, read by name and shape.
+
+A checkpoint is self-contained: the step, all parameters (frozen ones too) and the optimiser's
+state, each under its flat name. A directory appears under its final name only once it is
+complete, so an interrupted write is never restored.
+"""
+
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from save_jax.errors import UserError
+from save_jax.parameters import Parameters
+
+DIRECTORY = "checkpoints"  # within a workdir
+BEST_METRIC = "SumR"  # of text→video
+SHOWN = 5  # names shown of a long list
+
+
+class TrainState(NamedTuple):
+    """All that training changes, and what it reads.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        trained, frozen: parameters by name, disjoint.
+        opt_state: of the trained parameters.
+    """
+
+    step: jax.Array
+    trained: Parameters
+    frozen: Parameters
+    opt_state: optax.OptState
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {
+        "step": state.step,
+        "parameters": {**state.trained, **state.frozen},
+        "optimizer": {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
+        },
+    }
+
+
+def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
+    leaves = jax.tree_util.tree_leaves_with_path(like.opt_state)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return TrainState(
+        step=tree["step"],
+        trained={name: tree["parameters"][name] for name in like.trained},
+        frozen={name: tree["parameters"][name] for name in like.frozen},
+        opt_state=jax.tree.unflatten(
+            jax.tree.structure(like.opt_state), [tree["optimizer"][name] for name in names]
+        ),
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: the latest two and the best one by SumR are kept."""
+
+    def __init__(self, workdir: str | pathlib.Path):
+        self._directory = pathlib.Path(workdir).absolute() / DIRECTORY
+        policies = checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(2),
+                        policies.BestN(
+                            get_metric_fn=lambda m: m[BEST_METRIC],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Starts writing; returns once the arrays are copied, so the caller may donate them."""
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(_to_tree(state)),
+            metrics=None if metrics is None else dict(metrics),
+            force=True,
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a checkpoint into the shapes and shardings of `like`.
+
+        Raises:
+            UserError: it holds another architecture.
+        """
+        where = self._directory / str(step)
+        check_shapes(_metadata(where)["parameters"], {**like.trained, **like.frozen}, str(where))
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _to_tree(like)
+        )
+        tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return _from_tree(tree, like)
+
+    def wait(self) -> None:
+        """Returns once every started write is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def find(path: str | pathlib.Path) -> pathlib.Path:
+    """The checkpoint a path means: itself, or the latest of a workdir.
+
+    Raises:
+        UserError: there is none, naming what was looked for.
+    """
+    path = pathlib.Path(path).absolute()
+    for parent in (path / DIRECTORY, path):
+        steps = [int(p.name) for p in parent.glob("*") if p.name.isdigit() and p.is_dir()]
+        if steps:
+            return parent / str(max(steps))
+    if (path / "default").is_dir():
+        return path
+    raise UserError(
+        f"no checkpoint at {path}: expected a workdir with {DIRECTORY}/STEP/ in it, or one such "
+        "STEP directory" + ("" if path.exists() else " (the path does not exist)")
+    )
+
+
+def _metadata(checkpoint: pathlib.Path) -> Mapping[str, Any]:
+    """Names, shapes and dtypes of a checkpoint's arrays.
+
+    Raises:
+        UserError: the directory is not a checkpoint of ours.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(checkpoint / "default").item_metadata.tree
+    except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+
+
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming what is missing, unexpected or misshapen in a checkpoint."""
+    problems = {
+        "missing": sorted(set(expected) - set(found)),
+        "unexpected": sorted(set(found) - set(expected)),
+        "misshapen": [
+            f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in sorted(set(found) & set(expected))
+            if tuple(found[name].shape) != tuple(expected[name].shape)
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"  {len(names)} {kind}: {', '.join(names[:SHOWN])}"
+            + (", …" if len(names) > SHOWN else "")
+            for kind, names in problems.items()
+            if names
+        ]
+        raise UserError(
+            f"{where} is a checkpoint of another architecture:\n"
+            + "\n".join(lines)
+            + "\nUse the config that made it (its workdir's config.json)."
+        )
+
+
+def load_parameters(path: str | pathlib.Path, like: Parameters) -> tuple[int, Parameters]:
+    """The step and the parameters of a checkpoint, without its optimiser state.
+
+    Args:
+        path: a workdir or a checkpoint in it.
+        like: arrays (or abstract ones with shardings) of the expected names and shapes.
+
+    Raises:
+        UserError: no checkpoint there, or one of another architecture.
+    """
+    checkpoint = find(path)
+    check_shapes(_metadata(checkpoint)["parameters"], like, str(checkpoint))
+    wanted = {
+        "step": jax.ShapeDtypeStruct((), "int32"),
+        "parameters": {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in like.items()
+        },
+    }
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(
+            checkpoint / "default",
+            args=ocp.args.PyTreeRestore(
+                wanted,
+                partial_restore=True,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            ),
+        )
+    logging.info("read %s", checkpoint)
+    return int(tree["step"]), tree["parameters"]

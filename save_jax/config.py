@@ -1,0 +1,106 @@
+"""From a config file's values to the typed configs of the parts, with errors a user can act on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from save_jax.errors import UserError
+from save_jax.models import ast, clip
+from save_jax.models.save import SAVEConfig
+from save_jax.objectives import LossConfig
+from save_jax.optimizer import OptimizerConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _sizes(key: str, value: str | Mapping[str, int], variants: Mapping[str, Any], cls: type) -> Any:
+    """A named variant, or a mapping of sizes; sizes left out are those of the default variant."""
+    if isinstance(value, str):
+        if value not in variants:
+            raise UserError(
+                f"config.{key} = {value!r}: expected one of {', '.join(variants)}, or "
+                "a dictionary of sizes"
+            )
+        return variants[value]
+    return _build(key, cls, value)
+
+
+def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from a mapping; unknown fields are named."""
+    fields = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(
+            f"config.{key} has no field {', '.join(unknown)}; it has {', '.join(fields)}"
+        )
+    return cls(**values)
+
+
+def model_config(config: Mapping[str, Any]) -> SAVEConfig:
+    """Sizes and branches of the model a config describes.
+
+    Raises:
+        UserError: a name is unknown or sizes contradict each other.
+    """
+    if config["dtype"] not in DTYPES:
+        raise UserError(f"config.dtype = {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
+    values = dict(config["model"])
+    values["clip"] = _sizes("model.clip", values["clip"], clip.VARIANTS, clip.CLIPConfig)
+    values["ast"] = _sizes("model.ast", values["ast"], ast.VARIANTS, ast.ASTConfig)
+    model = _build("model", SAVEConfig, {**values, "dtype": config["dtype"]})
+    data = config["data"]
+    longest = model.clip.context_length
+    for key in ("max_words", "max_frames"):
+        if not 0 < data[key] <= longest:
+            raise UserError(
+                f"config.data.{key} = {data[key]}: expected 1 to {longest}, the length "
+                "of CLIP's table of text positions, which frames use too"
+            )
+    for name, side, width, heads in (
+        ("clip.vision", model.clip.image_size, model.clip.vision_width, model.clip.vision_heads),
+        ("clip.text", None, model.clip.text_width, model.clip.text_heads),
+        ("ast", None, model.ast.width, model.ast.heads),
+    ):
+        if width % heads:
+            raise UserError(
+                f"config.model.{name}: width {width} is not a multiple of {heads} heads"
+            )
+        if side and side % model.clip.patch_size:
+            raise UserError(
+                f"config.model.clip: image_size {side} is not a multiple of patch_size "
+                f"{model.clip.patch_size}"
+            )
+    return model
+
+
+def loss_config(config: Mapping[str, Any]) -> LossConfig:
+    """Constants of the objective.
+
+    Raises:
+        UserError: soft-ALBEF is asked for without the sound branch that it aligns.
+    """
+    loss = _build("loss", LossConfig, config["loss"])
+    if loss.soft_albef_weight and not config["model"]["sound_weight"]:
+        raise UserError(
+            "config.loss.soft_albef_weight > 0 needs sound: set it to 0, or "
+            "config.model.sound_weight above 0"
+        )
+    return loss
+
+
+def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerConfig:
+    """Rates and decay of the groups over a run of `total_steps`."""
+    values = dict(config["optimizer"])
+    for key, value in values.items():
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"config.optimizer.{key} = {value}: expected a number of at least 0")
+    return _build("optimizer", OptimizerConfig, {**values, "total_steps": total_steps})
+
+
+def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int]:
+    """What a prepared directory must have been made with, for this model to read it."""
+    recipe = {"image_size": model.clip.image_size, "max_frames": max_frames}
+    if model.sound_weight:
+        recipe |= {"fbank_frames": model.ast.fbank_frames, "mel_bins": model.ast.mel_bins}
+    return recipe

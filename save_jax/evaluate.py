@@ -1,0 +1,172 @@
+"""Embed, score, rank: text-to-video and video-to-text retrieval over a whole split (spec 9)."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from save_jax import metrics, parameters, sharding
+from save_jax.batch import Batch
+from save_jax.models.save import SAVE
+from save_jax.parameters import Parameters
+from save_jax.progress import Progress
+from save_jax.similarity import normalise, similarity
+
+CAPTIONS_AT_ONCE, VIDEOS_AT_ONCE = 512, 2048  # a tile of the similarity matrix on the device
+
+
+class EvaluationSet(NamedTuple):
+    """A split to retrieve from.
+
+    Attributes:
+        split: its name.
+        batches: starts a pass over all clips, for embedding them.
+        video_ids: one a clip.
+        captions: the queries.
+        caption_ids: int32 [captions, L], their byte-pair ids.
+        video_of_caption: int32 [captions], the row of each caption's clip.
+        groups: one query group a caption, "" for none.
+    """
+
+    split: str
+    batches: Callable[[], Iterator[Batch]]
+    video_ids: Sequence[str]
+    captions: Sequence[str]
+    caption_ids: np.ndarray
+    video_of_caption: np.ndarray
+    groups: Sequence[str]
+
+
+class Evaluator:
+    """The compiled functions of evaluation, for one model on one mesh."""
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, batch_size: int, local_weight: float
+    ):
+        self._mesh, self._batch_size = mesh, batch_size
+
+        def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            model: SAVE = parameters.merge(graphdef, params)
+            video = model.encode_video(batch)
+            return normalise(video.fused), video.mask
+
+        def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
+            return normalise(parameters.merge(graphdef, params).encode_text(ids))
+
+        def score(text, frames, mask, logit_scale):
+            return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
+
+        # Replicated outputs: every process can read the embeddings of the whole global batch.
+        everywhere = sharding.replicated(mesh)
+        self._encode_video = jax.jit(encode_video, out_shardings=everywhere)
+        self._encode_text = jax.jit(encode_text, out_shardings=everywhere)
+        self._score = jax.jit(score)
+
+    def embed_videos(
+        self, params: Parameters, data: EvaluationSet
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [videos, F, D] unit frames and bool [videos, F] masks, in the split's order."""
+        frames = mask = None
+        progress = Progress("embedding videos", len(data.video_ids))
+        everywhere = sharding.replicated(self._mesh)
+        for _, batch in sharding.prefetch(data.batches(), self._mesh):
+            index = np.asarray(jax.device_put(batch.index, everywhere))
+            unit, real = map(np.asarray, self._encode_video(params, batch))
+            if frames is None:
+                frames = np.zeros((len(data.video_ids), *unit.shape[1:]), np.float32)
+                mask = np.zeros((len(data.video_ids), real.shape[1]), bool)
+            rows = index >= 0
+            frames[index[rows]], mask[index[rows]] = unit[rows], real[rows]
+            progress.advance(int(rows.sum()))
+        progress.close()
+        return frames, mask
+
+    def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
+        """float32 [captions, D], unit vectors."""
+        embeddings = []
+        per_process = self._batch_size // jax.process_count()
+        first = per_process * jax.process_index()
+        for start in range(0, len(caption_ids), self._batch_size):
+            ids = caption_ids[start : start + self._batch_size]
+            padded = np.zeros((self._batch_size, ids.shape[1]), np.int32)
+            padded[: len(ids)] = ids
+            mine = jax.make_array_from_process_local_data(
+                sharding.batch_sharding(self._mesh), padded[first : first + per_process]
+            )
+            embeddings.append(np.asarray(self._encode_text(params, mine))[: len(ids)])
+        return np.concatenate(embeddings)
+
+    def similarity(
+        self, params: Parameters, text: np.ndarray, frames: np.ndarray, mask: np.ndarray
+    ) -> np.ndarray:
+        """float32 [captions, videos], computed tile by tile."""
+        logit_scale = np.asarray(params["clip.logit_scale"])
+        scores = np.empty((len(text), len(frames)), np.float32)
+        rows, columns = min(CAPTIONS_AT_ONCE, len(text)), min(VIDEOS_AT_ONCE, len(frames))
+
+        def tile(array: np.ndarray, start: int, size: int) -> np.ndarray:
+            part = array[start : start + size]  # padded to one shape, so that one program serves
+            return np.pad(part, [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1))
+
+        for j in range(0, len(frames), columns):
+            videos = jax.device_put((tile(frames, j, columns), tile(mask, j, columns)))
+            for i in range(0, len(text), rows):
+                part = np.asarray(self._score(tile(text, i, rows), *videos, logit_scale))
+                scores[i : i + rows, j : j + columns] = part[: len(text) - i, : len(frames) - j]
+        return scores
+
+    def evaluate(self, params: Parameters, data: EvaluationSet) -> tuple[np.ndarray, dict]:
+        """The similarity matrix and the metrics of a split (`metrics.retrieval_metrics`)."""
+        text = self.embed_captions(params, data.caption_ids)
+        frames, mask = self.embed_videos(params, data)
+        scores = self.similarity(params, text, frames, mask)
+        result = metrics.retrieval_metrics(scores, data.video_of_caption, data.groups)
+        return scores, result
+
+
+def protocol(data: EvaluationSet, selection: str) -> dict:
+    """Which question the metrics answer: without it, two tables cannot be compared."""
+    videos, captions = len(data.video_ids), len(data.captions)
+    captioned = len(np.unique(data.video_of_caption))
+    return {
+        "split": data.split,
+        "captions": captions,
+        "videos": videos,
+        "videos_with_captions": captioned,
+        "selection": selection,
+        "ties": "count against the model",
+        "v2t": "the only caption of each video"
+        if captions == captioned
+        else "the best of each video's captions",
+    }
+
+
+def write(directory: pathlib.Path, data: EvaluationSet, scores: np.ndarray, result: dict) -> None:
+    """Writes one evaluation as the command-line contract says; metrics.json comes last.
+
+    Args:
+        directory: evaluation/STEP in a workdir.
+        data: names of the rows and columns.
+        scores: float32 [captions, videos].
+        result: metrics, with their protocol.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / "similarity.npy", scores)
+    with open(directory / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["caption", "video_id", "group"])
+        for caption, row, group in zip(
+            data.captions, data.video_of_caption, data.groups, strict=True
+        ):
+            rows.writerow([caption, data.video_ids[row], group])
+    with open(directory / "videos.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["video_id"])
+        rows.writerows([video] for video in data.video_ids)
+    (directory / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")

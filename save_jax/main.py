@@ -1,0 +1,375 @@
+"""The one entry point: a config in, a trained model or a retrieval table out.
+
+python -m save_jax.main --config=configs/msrvtt.py --workdir=DIR [--config.KEY=VALUE ...]
+
+Without --config it runs the demo. This is the composition root: the only place that knows both
+the model and the data pipelines.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import configs
+from save_jax import checkpoint, evaluate, metrics, optimizer, sharding, train
+from save_jax import config as configuration
+from save_jax.batch import Batch
+from save_jax.errors import NonFiniteLossError, UserError
+from save_jax.progress import Writer, say
+
+DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Experiment, with an optional variant after a colon: configs/msrvtt.py:7k; "
+    "without it, the demo.",
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and tables go.")
+
+# Keys that may change when a run goes on: they do not touch its result.
+FREE_KEYS = ("mode", "log_every", "checkpoint_every")
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_same_config(config: dict[str, Any], path: pathlib.Path) -> None:
+    """Raises UserError naming the keys in which a run's recorded config differs from `config`."""
+    try:
+        recorded = _flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}): restore it, or use another --workdir"
+        ) from error
+    current = _flatten(config)
+    differing = [
+        f"  {key}: {recorded.get(key, '(absent)')!r} there, {current.get(key, '(absent)')!r} now"
+        for key in sorted(set(recorded) | set(current))
+        if key not in FREE_KEYS and recorded.get(key) != current.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{path.parent} holds a run with another config:\n"
+            + "\n".join(differing)
+            + "\nUse another --workdir, or the config it was started with."
+        )
+
+
+class Data:
+    """The splits of a config, as `train` and `evaluate` want them."""
+
+    def __init__(self, config: dict[str, Any]):
+        try:
+            from data_pipelines import input as pipeline
+            from data_pipelines.text import Tokenizer
+        except ImportError as error:
+            raise UserError(
+                f"reading data needs the package {error.name!r}: pip install 'save_jax[data]'"
+            ) from error
+        self._pipeline = pipeline
+        self._config, data = config, config["data"]
+        self._model = configuration.model_config(config)
+        self._tokenizer = Tokenizer(data["tokenizer"])
+        self._branches = {
+            "sound": bool(self._model.sound_weight),
+            "speech": bool(self._model.speech_weight),
+        }
+        self._processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+
+    def _open(self, split: str) -> Any:
+        data = self._config["data"]
+        if not data["dir"]:
+            raise UserError(
+                "config.data.dir is empty: prepare the data once with `python -m "
+                f"data_pipelines.prepare {data['dataset']} --root=ROOT --out=DIR`, then pass "
+                "--config.data.dir=DIR"
+            )
+        return self._pipeline.open_split(
+            data["dir"],
+            data["dataset"],
+            data["variant"],
+            split,
+            configuration.expected_recipe(self._model, data["max_frames"]),
+        )
+
+    def training(self) -> train.TrainingSet:
+        """The training split."""
+        split = self._open(self._config["data"]["train_split"])
+
+        def batches(start_step: int, total_steps: int) -> Iterator[Batch]:
+            return self._pipeline.train_batches(
+                split,
+                batch_size=self._config["batch_size"],
+                seed=self._config["seed"],
+                start_step=start_step,
+                total_steps=total_steps,
+                max_words=self._config["data"]["max_words"],
+                tokenizer=self._tokenizer,
+                teacher=bool(self._config["loss"]["soft_albef_weight"]),
+                **self._branches,
+                **self._processes,
+            )
+
+        per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
+        say(
+            f"training on {split.num_clips} clips, {split.num_pairs} captions: "
+            f"{per_epoch} steps an epoch"
+        )
+        return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
+
+    def evaluation(self) -> evaluate.EvaluationSet:
+        """The evaluation split."""
+        split = self._open(self._config["data"]["eval_split"])
+        table = self._pipeline.caption_table(split)
+        max_words = self._config["data"]["max_words"]
+
+        def batches() -> Iterator[Batch]:
+            return self._pipeline.clip_batches(
+                split,
+                batch_size=self._config["eval_batch_size"],
+                max_words=max_words,
+                tokenizer=self._tokenizer,
+                **self._branches,
+                **self._processes,
+            )
+
+        return evaluate.EvaluationSet(
+            split.name,
+            batches,
+            split.video_ids,
+            table.texts,
+            self._tokenizer(table.texts, max_words),
+            table.video_rows,
+            table.groups,
+        )
+
+
+def prepare_demo(config: dict[str, Any]) -> None:
+    """Makes the demo's clips and prepares them, unless that is done already."""
+    from data_pipelines.prepare import prepare
+    from data_pipelines.recipe import Recipe
+
+    data = config["data"]
+    model = configuration.model_config(config)
+    prepare(
+        "demo",
+        root=None,
+        out=data["dir"],
+        variant=data["variant"],
+        recipe=Recipe(
+            image_size=model.clip.image_size,
+            max_frames=data["max_frames"],
+            fbank_frames=model.ast.fbank_frames,
+            mel_bins=model.ast.mel_bins,
+        ),
+    )
+
+
+def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
+    """Trains or evaluates as the config says.
+
+    Returns:
+        True when what was asked for is complete, False when it was interrupted before.
+
+    Raises:
+        UserError, NonFiniteLossError: see there.
+    """
+    if config["mode"] not in ("train", "evaluate"):
+        raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
+    if config["dtype"] == "float32":
+        # Without this, a GPU multiplies float32 in TF32 and a TPU in bfloat16.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    model, loss = configuration.model_config(config), configuration.loss_config(config)
+    mesh = sharding.make_mesh(config["mesh"])
+    for key in ("batch_size", "eval_batch_size"):
+        sharding.check_batch_size(key, config[key], mesh)
+    recorded = workdir / "config.json"
+    if config["mode"] == "train" and recorded.exists():
+        check_same_config(config, recorded)
+
+    if config["data"]["dataset"] == "demo":
+        prepare_demo(config)
+    data = Data(config)
+    evaluation = data.evaluation()
+    if config["mode"] == "evaluate":
+        return _evaluate(config, workdir, model, loss, evaluation, mesh)
+
+    training = data.training()
+    total = config["steps"] or config["epochs"] * training.steps_per_epoch
+    rates = configuration.optimizer_config(config, total)
+    graphdef, state = train.create_state(model, rates, config["seed"], mesh)
+    say(optimizer.describe({**state.trained, **state.frozen}, rates))
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    if step is not None:
+        state = checkpoints.restore(step, state)
+        say(f"going on from checkpoint {step} of {total} in {workdir}")
+    elif config["init_from"]:
+        _, loaded = checkpoint.load_parameters(
+            config["init_from"], {**state.trained, **state.frozen}
+        )
+        trained, frozen = optimizer.partition(loaded, rates)
+        state = state._replace(trained=trained, frozen=frozen)
+        say(f"parameters from {config['init_from']}")
+    if jax.process_index() == 0 and not recorded.exists():
+        temporary = recorded.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, recorded)
+
+    writer = Writer(workdir, restored_step=step or 0)
+    try:
+        complete = train.train(
+            state,
+            jax.jit(train.make_train_step(graphdef, rates, loss), donate_argnums=0),
+            training=training,
+            evaluation=evaluation,
+            evaluator=evaluate.Evaluator(
+                graphdef, mesh, config["eval_batch_size"], loss.local_weight
+            ),
+            checkpoints=checkpoints,
+            writer=writer,
+            mesh=mesh,
+            optimizer_config=rates,
+            workdir=workdir,
+            batch_size=config["batch_size"],
+            eval_every=config["eval_every"],
+            checkpoint_every=config["checkpoint_every"],
+            log_every=config["log_every"],
+        )
+    finally:
+        writer.close()
+        checkpoints.close()
+    if complete and jax.process_index() == 0:
+        summarise(workdir, evaluation.split)
+    return complete
+
+
+def summarise(workdir: pathlib.Path, split: str) -> None:
+    """Prints the last evaluation's table, and the best one's where that is another."""
+    results = [
+        json.loads(path.read_text()) for path in (workdir / "evaluation").glob("*/metrics.json")
+    ]
+    results.sort(key=lambda result: result["step"])
+    last = results[-1]
+    best = max(results, key=lambda result: result["t2v"][checkpoint.BEST_METRIC])
+    say(f"last step ({last['step']}), {split} split:\n{metrics.table(last)}")
+    if best["step"] != last["step"]:
+        say(
+            f"\nbest of {len(results)} evaluations on the {split} split itself (step "
+            f"{best['step']}; an optimistic protocol):\n{metrics.table(best)}"
+        )
+    say(f"\neverything is in {workdir}")
+
+
+def _evaluate(
+    config: dict[str, Any],
+    workdir: pathlib.Path,
+    model,
+    loss,
+    data: evaluate.EvaluationSet,
+    mesh: jax.sharding.Mesh,
+) -> bool:
+    graphdef, state = train.create_state(
+        model, configuration.optimizer_config(config, total_steps=1), config["seed"], mesh
+    )
+    source = checkpoint.find(config["init_from"] or workdir)
+    step, params = checkpoint.load_parameters(source, {**state.trained, **state.frozen})
+    state = state._replace(trained=params, frozen={})
+    workdir.mkdir(parents=True, exist_ok=True)
+    writer = Writer(workdir, restored_step=None)
+    try:
+        train.run_evaluation(
+            state,
+            step,
+            f"checkpoint {source}",
+            data,
+            evaluate.Evaluator(graphdef, mesh, config["eval_batch_size"], loss.local_weight),
+            writer,
+            workdir,
+        )
+    finally:
+        writer.close()
+    return True
+
+
+def _parse(argv: list[str]) -> tuple[dict[str, Any], pathlib.Path]:
+    """The config and the workdir of a command line.
+
+    Raises:
+        UserError: whatever is wrong with it.
+    """
+    app.define_help_flags()
+    # The default cannot be the flag's own: config_flags would read it before it can be refused.
+    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
+        argv = [argv[0], f"--config={DEMO}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        config = CONFIG.value.to_dict()
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        OSError,
+        UserError,
+    ) as error:
+        raise UserError(_first_cause(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected arguments: {' '.join(rest[1:])}")
+    if not WORKDIR.value:
+        raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
+    return config, pathlib.Path(WORKDIR.value).absolute()
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first, in a line: config_flags wraps it, traceback and all."""
+    if "Traceback" not in str(error) and not isinstance(error, (AttributeError, KeyError)):
+        return str(error)
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    if isinstance(error, KeyError):
+        return f"unknown config key {error}; the keys are in configs/base.py and in the config file"
+    return f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line and runs; returns the exit code.
+
+    0: complete. 1: training broke down. 2: a mistake in what the user gave us. 75: interrupted by
+    a signal, with a checkpoint; the same command goes on.
+    """
+    logging.set_verbosity(logging.WARNING)
+    try:
+        complete = run(*_parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if complete else os.EX_TEMPFAIL
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

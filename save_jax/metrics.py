@@ -1,0 +1,104 @@
+"""Retrieval metrics: ranks, R@K, SumR, by direction and by query group (spec section 9)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Metrics = dict[str, float]
+
+
+def ranks(similarity: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """0-based rank of each row's target column; ties count against the model.
+
+    Args:
+        similarity: [queries, candidates], finite.
+        target: int [queries], the column of each query's answer.
+
+    Returns:
+        int [queries]: columns that score strictly higher, plus those that tie and are not the
+        target.
+
+    Raises:
+        ValueError: a score is not finite, where a comparison would look like a perfect rank; or a
+            target is no column, where a negative one would count from the end.
+    """
+    if not np.isfinite(similarity).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(similarity))} of {similarity.size} similarities are "
+            "not finite: the parameters are broken"
+        )
+    absent = target[(target < 0) | (target >= similarity.shape[1])]
+    if absent.size:
+        raise ValueError(
+            f"{absent.size} targets are not in the gallery, such as column {absent[0]} of "
+            f"{similarity.shape[1]}: leave out the queries without an answer"
+        )
+    score = np.take_along_axis(similarity, target[:, None], axis=1)
+    return (similarity >= score).sum(axis=1) - 1
+
+
+def summarise(rank: np.ndarray) -> Metrics:
+    """R@1, R@5, R@10 and their sum in percent, median and mean rank counted from 1."""
+    recall = {f"R{k}": 100 * float(np.mean(rank < k)) for k in (1, 5, 10)}
+    return {
+        **recall,
+        "MdR": float(np.median(rank + 1)),
+        "MnR": float(np.mean(rank + 1)),
+        "SumR": sum(recall.values()),
+    }
+
+
+def text_to_video(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.ndarray:
+    """0-based rank of every caption's own video among all videos."""
+    return ranks(similarity, video_of_caption)
+
+
+def video_to_text(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.ndarray:
+    """0-based rank of every video's own captions, each video's captions taken by their best.
+
+    Videos without captions are no queries, and offer no candidate.
+    """
+    captioned = np.unique(video_of_caption)
+    best = np.stack(
+        [similarity[video_of_caption == video].max(axis=0) for video in captioned], axis=1
+    )
+    return ranks(best[captioned], np.arange(len(captioned)))
+
+
+def retrieval_metrics(
+    similarity: np.ndarray, video_of_caption: np.ndarray, groups: Sequence[str]
+) -> dict:
+    """Both directions and every query group.
+
+    Args:
+        similarity: float [captions, videos].
+        video_of_caption: int [captions], the column of each caption's own video.
+        groups: one name a caption, "" for none.
+
+    Returns:
+        {"t2v": Metrics, "v2t": Metrics, "groups": {name: {"queries": n, "t2v": Metrics}}}.
+    """
+    rank = text_to_video(similarity, video_of_caption)
+    group = np.asarray(groups)
+    return {
+        "t2v": summarise(rank),
+        "v2t": summarise(video_to_text(similarity, video_of_caption)),
+        "groups": {
+            name: {"queries": int((group == name).sum()), "t2v": summarise(rank[group == name])}
+            for name in dict.fromkeys(groups)
+            if name
+        },
+    }
+
+
+def table(metrics: dict) -> str:
+    """The retrieval table for a terminal."""
+    columns = ("R1", "R5", "R10", "MdR", "MnR", "SumR")
+    rows = [("text → video", metrics["t2v"]), ("video → text", metrics["v2t"])]
+    rows += [
+        (f"  {name} ({g['queries']} queries)", g["t2v"]) for name, g in metrics["groups"].items()
+    ]
+    width = max(len(label) for label, _ in rows) + 2
+    lines = [" " * width + "".join(f"{c:>8}" for c in columns)]
+    lines += [f"{label:<{width}}" + "".join(f"{m[c]:>8.1f}" for c in columns) for label, m in rows]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The encoders, the fusion and SAVE itself, as Flax NNX modules."""

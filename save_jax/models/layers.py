@@ -1,0 +1,201 @@
+"""Attention, MLP and transformer blocks that more than one model uses.
+
+Parameters are float32; `dtype` is the compute dtype. Softmax and LayerNorm statistics are float32
+whatever the dtype. Parameter names follow CLIP's, so that a checkpoint table reads like a list.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = nnx.Initializer
+Activation = Callable[[Array], Array]
+
+normal_02 = nnx.initializers.normal(0.02)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """CLIP's approximation of GELU, x·σ(1.702x) (spec section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the error function, as in AST and ImageBind (spec sections 2 and 8)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with statistics in float32 and epsilon inside the root."""
+    # The fast variance E[x²] − E[x]² cancels catastrophically where |mean| >> std.
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class BlockInit(NamedTuple):
+    """Initialisers of a block's four matrices; biases start at zero."""
+
+    in_proj: Initializer
+    out_proj: Initializer
+    c_fc: Initializer
+    c_proj: Initializer
+
+    @classmethod
+    def clip(cls, width: int, layers: int) -> "BlockInit":
+        """CLIP's own, for towers trained from scratch: residual branches scaled by depth."""
+        normal = nnx.initializers.normal
+        residual = width**-0.5 * (2 * layers) ** -0.5
+        return cls(
+            normal(width**-0.5), normal(residual), normal((2 * width) ** -0.5), normal(residual)
+        )
+
+    @classmethod
+    def default(cls) -> "BlockInit":
+        """Spec section 7: normal with std 0.02, Xavier-uniform in-projections."""
+        return cls(nnx.initializers.xavier_uniform(), normal_02, normal_02, normal_02)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with one fused in-projection, as in PyTorch's MultiheadAttention."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        init: BlockInit | None = None,
+    ):
+        init = init or BlockInit.default()
+        if width % heads:
+            raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
+        self.heads = heads
+        self.in_proj = nnx.Linear(
+            width, 3 * width, kernel_init=init.in_proj, dtype=dtype, rngs=rngs
+        )
+        self.out_proj = nnx.Linear(width, width, kernel_init=init.out_proj, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch queries width"],
+        context: Float[Array, "batch keys width"] | None = None,
+        *,
+        causal: bool = False,
+    ) -> Float[Array, "batch queries width"]:
+        """Attends from `x` to `context`, or to `x` itself when there is none."""
+        if context is None:
+            q, k, v = jnp.split(self.in_proj(x), 3, axis=-1)
+        else:
+            kernel, bias, dtype = self.in_proj.kernel[...], self.in_proj.bias[...], x.dtype
+            width = x.shape[-1]
+            q = x @ kernel[:, :width].astype(dtype) + bias[:width].astype(dtype)
+            kv = context @ kernel[:, width:].astype(dtype) + bias[width:].astype(dtype)
+            k, v = jnp.split(kv, 2, axis=-1)
+        q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(out.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        activation: Activation,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        init: BlockInit | None = None,
+        use_bias: bool = True,
+        expansion: int = 4,
+    ):
+        init = init or BlockInit.default()
+        self.activation = activation
+        self.c_fc = nnx.Linear(
+            width,
+            expansion * width,
+            use_bias=use_bias,
+            dtype=dtype,
+            kernel_init=init.c_fc,
+            rngs=rngs,
+        )
+        self.c_proj = nnx.Linear(
+            expansion * width,
+            width,
+            use_bias=use_bias,
+            dtype=dtype,
+            kernel_init=init.c_proj,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nnx.Module):
+    """Pre-LayerNorm transformer block of CLIP, AST and ImageBind (spec sections 2 and 8)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        activation: Activation,
+        epsilon: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        init: BlockInit | None = None,
+        causal: bool = False,
+    ):
+        self.causal = causal
+        self.ln_1 = layer_norm(width, epsilon, dtype, rngs)
+        self.attn = Attention(width, heads, dtype=dtype, rngs=rngs, init=init)
+        self.ln_2 = layer_norm(width, epsilon, dtype, rngs)
+        self.mlp = MLP(width, activation=activation, dtype=dtype, rngs=rngs, init=init)
+
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        x = x + self.attn(self.ln_1(x), causal=self.causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Stack(nnx.Module):
+    """`depth` blocks of one kind, their parameters stacked along a leading layer axis.
+
+    One `lax.scan` runs them: the program holds one block's code whatever the depth, which keeps
+    the compile time of twelve layers near that of one.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
+        self.depth = depth
+        create = nnx.split_rngs(splits=depth)(nnx.vmap(make_block, in_axes=0, out_axes=0))
+        self.layer = create(rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], *context: Array
+    ) -> Float[Array, "batch tokens width"]:
+        """Runs x through the blocks; every block also gets the `context` arrays unchanged."""
+        graphdef, layers = nnx.split(self.layer)
+
+        def body(x, layer):
+            return nnx.merge(graphdef, layer)(x, *context), None
+
+        return jax.lax.scan(body, x, layers)[0]
+
+
+def patches(
+    images: Float[Array, "batch height width channels"], size: int
+) -> Float[Array, "batch patches features"]:
+    """Cuts images into non-overlapping patches, row by row; features are (y, x, channel).
+
+    A strided convolution whose stride is its kernel is a matrix product over these.
+    """
+    b, h, w, c = images.shape
+    if h % size or w % size:
+        raise ValueError(f"images of {h}x{w} pixels do not divide into patches of {size}")
+    grid = images.reshape(b, h // size, size, w // size, size, c)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(b, math.prod((h // size, w // size)), -1)

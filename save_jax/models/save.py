@@ -1,0 +1,172 @@
+"""SAVE: what is seen, heard and said in; embeddings of captions and videos out (spec 1-5)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from save_jax.batch import Batch
+from save_jax.models import layers
+from save_jax.models.ast import AST, ASTConfig
+from save_jax.models.clip import CLIP, CLIPConfig
+from save_jax.models.fusion import AudioResampler, GatedFusion
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class SAVEConfig:
+    """Sizes and branches of the whole model.
+
+    The three weights make ṽ = vision·v + sound·â + speech·ŝ (spec section 5). A branch of weight
+    0 does not exist: no parameters, no computation, no inputs. So SAVE is (1, 0.5, 0.5), AVIGATE
+    (0.95, 0.05, 0) and CLIP4Clip (1, 0, 0).
+
+    Attributes:
+        clip, ast: sizes of the pretrained encoders.
+        vision_weight, sound_weight, speech_weight: the branches, as above.
+        frame_positions: whether learned positions are added to the frames; CLIP4Clip's mean
+            pooling has none.
+        fusion_layers: blocks of the resampler and of each fusion stack.
+        audio_queries: learned queries of the resampler.
+        dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
+    """
+
+    clip: CLIPConfig = CLIPConfig()
+    ast: ASTConfig = ASTConfig()
+    vision_weight: float = 1.0
+    sound_weight: float = 0.5
+    speech_weight: float = 0.5
+    frame_positions: bool = True
+    fusion_layers: int = 4
+    audio_queries: int = 12
+    dtype: str = "float32"
+
+    @property
+    def fusion_heads(self) -> int:
+        """8 heads at CLIP's width of 512: 64 channels a head, as CLIP itself has."""
+        return max(1, self.clip.embed_dim // 64)
+
+
+class VideoEmbedding(NamedTuple):
+    """B videos in the shared space of D dimensions; nothing here is normalised.
+
+    Attributes:
+        fused: [B, F, D], frames with sound and speech merged in (ṽ of spec section 5).
+        visual: [B, F, D], frames with their positions, before fusion (v).
+        audio: [B, queries, D], resampled sound tokens (r), or None without a sound branch.
+        mask: bool [B, F], True where a frame is real.
+    """
+
+    fused: Float[Array, "batch frames dim"]
+    visual: Float[Array, "batch frames dim"]
+    audio: Float[Array, "batch queries dim"] | None
+    mask: Bool[Array, "batch frames"]
+
+
+class SAVE(nnx.Module):
+    """The three branches and their encoders."""
+
+    def __init__(self, config: SAVEConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype = jnp.dtype(config.dtype)
+        width, depth, heads = config.clip.embed_dim, config.fusion_layers, config.fusion_heads
+        self.clip = CLIP(config.clip, dtype=dtype, rngs=rngs)
+        if config.frame_positions:
+            self.frame_positions = nnx.Param(
+                layers.normal_02(rngs.params(), (config.clip.context_length, width))
+            )
+        if config.sound_weight:
+            self.ast = AST(config.ast, dtype=dtype, rngs=rngs)
+            self.audio_projection = nnx.Linear(
+                config.ast.width,
+                width,
+                use_bias=False,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_init=nnx.initializers.normal(config.ast.width**-0.5),
+            )
+            self.audio_resampler = AudioResampler(
+                width, heads, depth, config.audio_queries, dtype=dtype, rngs=rngs
+            )
+            self.audio_fusion = GatedFusion(width, heads, depth, dtype=dtype, rngs=rngs)
+        if config.speech_weight:
+            self.speech_fusion = GatedFusion(width, heads, depth, dtype=dtype, rngs=rngs)
+
+    def encode_text(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
+        """Captions as vectors, not normalised."""
+        return self.clip.text.pool(ids)
+
+    def encode_frames(
+        self, frames: UInt8[Array, "batch frames height width 3"], mask: Bool[Array, "batch frames"]
+    ) -> Float[Array, "batch frames dim"]:
+        """Frames as vectors, without positions; padding is the mean colour (spec section 1)."""
+        x = frames.astype(jnp.float32) / 255
+        x = (x - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+        x = jnp.where(mask[..., None, None, None], x, 0).astype(self.dtype)
+        return self.clip.visual(x.reshape(-1, *x.shape[2:])).reshape(*mask.shape, -1)
+
+    def encode_audio(
+        self, fbank: Float[Array, "batch time mel"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """Sound as tokens in the shared space: AST's states, projected."""
+        return self.audio_projection(self.ast(fbank.astype(self.dtype)))
+
+    def encode_video(self, batch: Batch) -> VideoEmbedding:
+        """Everything a video has, merged into its frames (spec sections 2 to 5)."""
+        v = self.encode_frames(batch.frames, batch.frame_mask)
+        if self.config.frame_positions:
+            v = v + self.frame_positions[: v.shape[1]].astype(v.dtype)
+        fused, audio = self.config.vision_weight * v, None
+        if self.config.sound_weight:
+            audio = self.audio_resampler(self.encode_audio(batch.fbank))
+            fused = fused + self.config.sound_weight * self.audio_fusion(v, audio)
+        if self.config.speech_weight:
+            speech = self.clip.text(batch.transcript_ids)
+            fused = fused + self.config.speech_weight * self.speech_fusion(v, speech)
+        return VideoEmbedding(fused, v, audio, batch.frame_mask)
+
+    def __call__(self, batch: Batch) -> tuple[Float[Array, "batch dim"], VideoEmbedding]:
+        """Caption and video embeddings of a training batch."""
+        return self.encode_text(batch.caption_ids), self.encode_video(batch)
+
+
+def copy_clip_into_fusion(model: SAVE) -> None:
+    """Starts the new parts from CLIP's text tower, in place (spec section 7, initialisation).
+
+    Its first blocks give `attn`, `ln_1`, `mlp` and `ln_2` of the resampler and of both fusion
+    stacks; its positions become the frame positions. Call it once CLIP's weights are loaded.
+
+    Raises:
+        ValueError: the text tower's width is not the shared width, or it has too few blocks.
+    """
+    text, depth, width = model.clip.text, model.config.fusion_layers, model.config.clip.embed_dim
+    if model.config.clip.text_width != width or text.blocks.depth < depth:
+        raise ValueError(
+            f"the fusion ({depth} blocks, width {width}) starts from CLIP's text tower, which has "
+            f"{text.blocks.depth} blocks of width {model.config.clip.text_width}: make the widths "
+            "equal and the tower at least as deep"
+        )
+    if model.config.frame_positions:
+        # Copies, because two parameters that share a buffer cannot both be donated.
+        model.frame_positions[...] = jnp.copy(text.positional_embedding[...])
+    stacks = [
+        getattr(model, name).blocks.layer
+        for name in ("audio_resampler", "audio_fusion", "speech_fusion")
+        if hasattr(model, name)
+    ]
+    for layer in stacks:
+        for part in ("attn", "ln_1", "mlp", "ln_2"):
+            source = nnx.state(getattr(text.blocks.layer, part), nnx.Param)
+            nnx.update(getattr(layer, part), jax.tree.map(lambda a: jnp.copy(a[:depth]), source))
+
+
+def create(config: SAVEConfig, seed: int) -> SAVE:
+    """A model with random encoders and the new parts copied from CLIP's text tower."""
+    model = SAVE(config, nnx.Rngs(params=seed))
+    copy_clip_into_fusion(model)
+    return model

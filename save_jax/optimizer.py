@@ -1,0 +1,202 @@
+"""Parameter groups, BertAdam and its schedule (spec section 7)."""
+
+import collections
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from save_jax.parameters import STACKED, Parameters
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.98, 1e-6
+MAX_NORM, NORM_EPSILON = 1.0, 1e-6
+WARMUP = 0.1  # of all steps
+MAX_LOGIT_SCALE = math.log(100)
+
+GROUPS = ("clip", "clip_stem", "ast", "ast_norm", "new", "query_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Peak learning rate of each group; 0 freezes a group, and then it costs no memory.
+
+    Attributes:
+        clip: all transformer blocks of both CLIP towers, `ln_final`, `text_projection`,
+            `ln_post`, `proj`, `logit_scale`.
+        clip_stem: CLIP's embeddings, positions, patch convolution and `ln_pre`.
+        ast: AST but for its final LayerNorm.
+        ast_norm: AST's final LayerNorm.
+        new: what SAVE adds: audio projection, resampler, fusion blocks, positions.
+        query_tokens: the resampler's queries.
+        weight_decay: of every trained group; biases are not decayed.
+        total_steps: length of the schedule.
+    """
+
+    clip: float = 1e-7
+    clip_stem: float = 0.0
+    ast: float = 0.0
+    ast_norm: float = 1e-7
+    new: float = 1e-4
+    query_tokens: float = 1e-2
+    weight_decay: float = 0.2
+    total_steps: int = 1
+
+    def rate(self, group: str) -> float:
+        return getattr(self, group)
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its name (`save_jax.parameters`)."""
+    if name == "audio_resampler.query_tokens":
+        return "query_tokens"
+    if name.startswith("ast."):
+        return "ast_norm" if name.startswith("ast.norm.") else "ast"
+    if name.startswith("clip."):
+        stem = (
+            "clip.visual.conv1.",
+            "clip.visual.class_embedding",
+            "clip.visual.ln_pre.",
+            "clip.visual.positional_embedding",
+            "clip.text.token_embedding",
+            "clip.text.positional_embedding",
+        )
+        return "clip_stem" if name.startswith(stem) else "clip"
+    return "new"
+
+
+def partition(parameters: Parameters, config: OptimizerConfig) -> tuple[Parameters, Parameters]:
+    """Splits parameters into those that train and those that are frozen."""
+    trained = {k: v for k, v in parameters.items() if config.rate(group_of(k))}
+    return trained, {k: v for k, v in parameters.items() if k not in trained}
+
+
+def schedule(peak: float, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over the first tenth, then half a cosine over *all* steps.
+
+    With x = step/total: peak·x/0.1 while x < 0.1, else peak·(1 + cos πx)/2. Steps count from 0, so
+    the first update has rate 0 (its moments still advance).
+    """
+
+    def rate(step: jax.Array | int) -> jax.Array:
+        x = step / total_steps
+        # Compared in steps: XLA's division by a constant is inexact, and at x = 0.1 that matters.
+        warming_up = step < WARMUP * total_steps
+        return peak * jnp.where(warming_up, x / WARMUP, (1 + jnp.cos(jnp.pi * x)) / 2)
+
+    return rate
+
+
+def global_norm(tree: optax.Updates) -> jax.Array:
+    """Euclidean norm of all entries together, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(tree)))
+
+
+def clip_by_global_norm() -> optax.GradientTransformation:
+    """Multiplies by min(1, 1/(norm + 1e-6)); optax's own has no epsilon."""
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, MAX_NORM / (global_norm(updates) + NORM_EPSILON))
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def clip_by_tensor_norm() -> optax.GradientTransformation:
+    """The same factor, tensor by tensor; a stacked tensor is one tensor a layer."""
+
+    def clip(name: str, g: jax.Array) -> jax.Array:
+        axes = tuple(range(1 if STACKED in name else 0, g.ndim))
+        norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=axes, keepdims=True))
+        return g * jnp.minimum(1.0, MAX_NORM / (norm + NORM_EPSILON))
+
+    def update(updates, state, params=None):
+        del params
+        return {name: clip(name, g) for name, g in updates.items()}, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+class BertAdamState(NamedTuple):
+    """First and second moments, shaped like the parameters."""
+
+    m: optax.Updates
+    v: optax.Updates
+
+
+def scale_by_bert_adam() -> optax.GradientTransformation:
+    """m/(√v + ε) without bias correction; `optax.scale_by_adam` always corrects."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return BertAdamState(zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(updates, state, params=None):
+        del params
+        m = jax.tree.map(lambda m, g: BETA_1 * m + (1 - BETA_1) * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: BETA_2 * v + (1 - BETA_2) * g * g, state.v, updates)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + EPSILON), m, v), BertAdamState(m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_decayed(name: str) -> bool:
+    """Everything decays but biases: LayerNorm scales do too (spec section 7)."""
+    return not name.endswith(".bias")
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimiser of the trained parameters (see `partition`), a flat dictionary by name."""
+
+    def group(rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_bert_adam(),
+            optax.add_decayed_weights(
+                config.weight_decay, mask=lambda tree: {k: is_decayed(k) for k in tree}
+            ),
+            optax.scale_by_learning_rate(schedule(rate, config.total_steps)),
+        )
+
+    return optax.chain(
+        clip_by_global_norm(),
+        clip_by_tensor_norm(),
+        optax.multi_transform(
+            {name: group(config.rate(name)) for name in GROUPS if config.rate(name)},
+            lambda tree: {name: group_of(name) for name in tree},
+        ),
+    )
+
+
+def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
+    """The rate of each trained group at the update that follows `step` updates."""
+    return {
+        name: float(schedule(config.rate(name), config.total_steps)(step))
+        for name in GROUPS
+        if config.rate(name)
+    }
+
+
+def describe(parameters: Parameters, config: OptimizerConfig) -> str:
+    """The table printed at the start of a run: each group's size, rate and decay."""
+    sizes, biases = collections.Counter(), collections.Counter()
+    for name, value in parameters.items():
+        sizes[group_of(name)] += value.size
+        biases[group_of(name)] += 0 if is_decayed(name) else value.size
+    rows = [f"{'group':<14}{'parameters':>14}{'peak rate':>12}{'decay':>8}{'undecayed biases':>18}"]
+    for name in GROUPS:
+        if sizes[name]:
+            rate = config.rate(name)
+            rows.append(
+                f"{name:<14}{sizes[name]:>14,}"
+                + (
+                    f"{rate:>12.1e}{config.weight_decay:>8.2f}{biases[name]:>18,}"
+                    if rate
+                    else f"{'frozen':>12}{'–':>8}{'–':>18}"
+                )
+            )
+    trained = sum(n for name, n in sizes.items() if config.rate(name))
+    rows.append(f"{'total':<14}{sum(sizes.values()):>14,}  of which {trained:,} train")
+    return "\n".join(rows)

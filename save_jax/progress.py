@@ -1,0 +1,99 @@
+"""Progress with the time left, and the writer of a run's scalars."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8s, 3m05s, 2h10m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """A line now and then for work that takes longer than a few seconds; silent otherwise."""
+
+    EVERY = 5.0  # seconds between lines
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, total, 0
+        self._start = self._shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= self.EVERY:
+            self._shown = now
+            left = (now - self._start) / max(self._done, 1) * (self._total - self._done)
+            say(f"  {self._what}: {self._done}/{self._total}, {duration(left)} left")
+
+    def close(self) -> None:
+        if self._shown > self._start:
+            say(f"  {self._what}: {self._done} in {duration(time.monotonic() - self._start)}")
+
+
+def say(text: str) -> None:
+    """Prints on the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Writer:
+    """Scalars of a run, to metrics.jsonl and to TensorBoard; only the first process writes.
+
+    Going on after an interruption, lines beyond the restored step are dropped: they will be
+    written again. With `restored_step` None nothing is dropped.
+    """
+
+    def __init__(self, workdir: pathlib.Path, restored_step: int | None):
+        self._events = self._lines = None
+        if jax.process_index():
+            return
+        from tensorboardX import SummaryWriter  # here, because evaluation does without it
+
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    step = json.loads(line)["step"]
+                except (json.JSONDecodeError, KeyError):
+                    continue  # cut off in the middle of a line
+                if restored_step is None or step <= restored_step:
+                    kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        purge_step = None if restored_step is None else restored_step + 1
+        self._events = SummaryWriter(str(workdir), purge_step=purge_step)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line {"step": …, …} and one TensorBoard point a scalar."""
+        if self._lines is None:
+            return
+        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+def warn(text: str) -> None:
+    """A warning on stderr, from the first process only."""
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

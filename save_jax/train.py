@@ -1,0 +1,277 @@
+"""The training step and the training loop."""
+
+import collections
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from save_jax import evaluate, metrics, objectives, optimizer, parameters, sharding
+from save_jax.batch import Batch
+from save_jax.checkpoint import Checkpoints, TrainState
+from save_jax.errors import NonFiniteLossError
+from save_jax.models import save
+from save_jax.objectives import LossConfig
+from save_jax.optimizer import OptimizerConfig
+from save_jax.progress import Writer, duration, say
+
+LOG_EACH_UP_TO = 100  # steps; shorter runs log every step
+
+
+class TrainingSet(NamedTuple):
+    """What to train on.
+
+    Attributes:
+        batches: (first step, total steps) -> the stream of this process's batches.
+        steps_per_epoch: full batches in a pass.
+        clip_name: names the clip of a batch's index.
+    """
+
+    batches: Callable[[int, int], Iterator[Batch]]
+    steps_per_epoch: int
+    clip_name: Callable[[int], str]
+
+
+def create_state(
+    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """A fresh state on the mesh; a function of the seed only, not of the mesh."""
+
+    # The structure is found without computing anything; the arrays are made where they will live.
+    graphdef, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
+
+    def init() -> TrainState:
+        _, params = parameters.split(save.create(model, seed))
+        trained, frozen = optimizer.partition(params, optimizer_config)
+        opt_state = optimizer.make_optimizer(optimizer_config).init(trained)
+        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, opt_state)
+
+    return graphdef, jax.jit(init, out_shardings=sharding.replicated(mesh))()
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer_config: OptimizerConfig, loss_config: LossConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step, to be compiled: (state, global batch) -> (state, scalars).
+
+    The gradient is taken of the trained parameters only: a frozen encoder keeps no activations.
+    """
+    tx = optimizer.make_optimizer(optimizer_config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss_fn(trained: parameters.Parameters) -> tuple[jax.Array, objectives.Losses]:
+            model: save.SAVE = parameters.merge(graphdef, {**trained, **state.frozen})
+            text, video = model(batch)
+            usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
+            losses = objectives.losses(
+                text,
+                video,
+                batch.teacher_video,
+                batch.teacher_audio,
+                usable,
+                model.clip.logit_scale[...],
+                loss_config,
+            )
+            return losses.total, losses
+
+        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        trained = (
+            {
+                **trained,
+                "clip.logit_scale": jnp.minimum(
+                    trained["clip.logit_scale"], optimizer.MAX_LOGIT_SCALE
+                ),
+            }
+            if "clip.logit_scale" in trained
+            else trained
+        )
+        scalars = {
+            "loss": losses.total,
+            "contrastive": losses.contrastive,
+            "soft_albef": losses.soft_albef,
+            "grad_norm": optimizer.global_norm(grads),
+        }
+        return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
+
+    return train_step
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is immediate
+
+
+def check_finite(
+    step: int,
+    scalars: Mapping[str, float],
+    index: np.ndarray,
+    training: TrainingSet,
+    checkpoints: Checkpoints,
+) -> None:
+    """Raises NonFiniteLossError, naming the step and its clips, if the step broke down."""
+    broken = {k: v for k, v in scalars.items() if not np.isfinite(v)}
+    if broken:
+        checkpoints.wait()
+        last = checkpoints.latest_step()
+        kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is intact"
+        clips = ", ".join(training.clip_name(int(i)) for i in index)
+        raise NonFiniteLossError(
+            f"step {step}: "
+            + ", ".join(f"{k} = {v}" for k, v in broken.items())
+            + f"; stopped, {kept}.\nThe step's clips on this process: {clips}\n"
+            "Look at these clips, or lower config.optimizer's rates."
+        )
+
+
+def train(
+    state: TrainState,
+    train_step: Callable,
+    *,
+    training: TrainingSet,
+    evaluation: evaluate.EvaluationSet,
+    evaluator: evaluate.Evaluator,
+    checkpoints: Checkpoints,
+    writer: Writer,
+    mesh: jax.sharding.Mesh,
+    optimizer_config: OptimizerConfig,
+    workdir: pathlib.Path,
+    batch_size: int,
+    eval_every: int,
+    checkpoint_every: int,
+    log_every: int,
+) -> bool:
+    """Trains from `state` to the schedule's end.
+
+    Args:
+        state: where to go on from; donated.
+        train_step: compiled, see `make_train_step`.
+        training, evaluation: the data.
+        evaluator: compiled functions for `evaluation`.
+        checkpoints, writer, workdir: where results go.
+        mesh: devices.
+        optimizer_config: for the schedule's length and the rates shown.
+        batch_size: global, for the clips/s shown.
+        eval_every: epochs between evaluations.
+        checkpoint_every: steps between checkpoints that are not evaluated; 0 for none.
+        log_every: steps between progress lines.
+
+    Returns:
+        True when the run is complete, False when it was asked to stop before.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient is not finite.
+    """
+    total, per_epoch = optimizer_config.total_steps, training.steps_per_epoch
+    log_every = 1 if total <= LOG_EACH_UP_TO else log_every
+    first = int(state.step)
+    stop = StopRequest()
+
+    #### One step behind: reading a step's scalars must not keep the device waiting.
+    pending: collections.deque[tuple[int, dict[str, jax.Array], np.ndarray]] = collections.deque()
+    clock_step, clock = first, time.monotonic()
+
+    def settle() -> None:
+        nonlocal clock, clock_step
+        step, device_scalars, index = pending.popleft()
+        scalars = {k: float(v) for k, v in device_scalars.items()}
+        check_finite(step, scalars, index, training, checkpoints)
+        if step % log_every and step != total:
+            return
+        now = time.monotonic()
+        seconds = (now - clock) / max(step - clock_step, 1)
+        rates = optimizer.learning_rates(optimizer_config, step - 1)
+        writer.write_scalars(
+            step,
+            {
+                **scalars,
+                "epoch": step / per_epoch,
+                "clips_per_second": batch_size / seconds,
+                **{f"learning_rate/{k}": v for k, v in rates.items()},
+            },
+        )
+        say(
+            f"step {step:>{len(str(total))}}/{total}  epoch {step / per_epoch:.1f}  "
+            f"loss {scalars['loss']:.4f} (contrastive {scalars['contrastive']:.4f}, "
+            f"soft-ALBEF {scalars['soft_albef']:.4f})  lr "
+            + " ".join(f"{k} {v:.1e}" for k, v in rates.items())
+            + f"  {batch_size / seconds:.1f} clips/s  {duration(seconds * (total - step))} left"
+        )
+        clock, clock_step = now, step
+
+    batches = sharding.prefetch(training.batches(first, total), mesh)
+    for step in range(first + 1, total + 1):
+        host, batch = next(batches)
+        state, scalars = train_step(state, batch)
+        pending.append((step, scalars, host.index))
+        if len(pending) > 1:
+            settle()
+
+        #### Evaluate and save; a checkpoint is only written of a step known to be sound.
+        last = step == total
+        evaluates = last or step % (per_epoch * eval_every) == 0
+        if evaluates or stop.signal or (checkpoint_every and step % checkpoint_every == 0):
+            while pending:
+                settle()
+            paused = time.monotonic()
+            result = None
+            if evaluates:
+                name = f"after epoch {step / per_epoch:g}" + (" (the last step)" if last else "")
+                result = run_evaluation(state, step, name, evaluation, evaluator, writer, workdir)
+            checkpoints.save(state, step, result["t2v"] if result else None)
+            clock += time.monotonic() - paused
+        if stop.signal and not last:
+            checkpoints.wait()
+            say(
+                f"{stop.signal.name}: stopped after step {step} of {total}, checkpoint written; "
+                "the same command goes on from there"
+            )
+            return False
+    checkpoints.wait()
+    return True
+
+
+def run_evaluation(
+    state: TrainState,
+    step: int,
+    selection: str,
+    data: evaluate.EvaluationSet,
+    evaluator: evaluate.Evaluator,
+    writer: Writer,
+    workdir: pathlib.Path,
+) -> dict:
+    """Evaluates a state, writes evaluation/STEP, scalars and the table; returns the metrics."""
+    scores, result = evaluator.evaluate({**state.trained, **state.frozen}, data)
+    result = {"step": step, "protocol": evaluate.protocol(data, selection), **result}
+    if jax.process_index() == 0:
+        evaluate.write(workdir / "evaluation" / str(step), data, scores, result)
+    writer.write_scalars(
+        step,
+        {
+            **{f"eval/t2v/{k}": v for k, v in result["t2v"].items()},
+            **{f"eval/v2t/{k}": v for k, v in result["v2t"].items()},
+            **{f"eval/{name}/R1": group["t2v"]["R1"] for name, group in result["groups"].items()},
+        },
+    )
+    say(
+        f"\n{data.split}: {len(data.captions)} captions, {len(data.video_ids)} videos, "
+        f"{selection}\n{metrics.table(result)}\n"
+    )
+    return result

@@ -1,0 +1,68 @@
+"""Packaging. The core runs the model with JAX alone; each extra says what it is for."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "save_jax/__init__.py").read_text())[1]
+
+CORE = [
+    "jax>=0.10,<0.12",
+    "flax>=0.12.8,<0.13",  # NNX
+    "optax>=0.2.8,<0.3",  # optimiser groups and schedules
+    "orbax-checkpoint>=0.12,<0.13",  # asynchronous, sharded checkpoints
+    "ml-collections>=1.1,<2",  # config files and their flags
+    "absl-py>=2.1,<3",  # flags
+    "jaxtyping>=0.3.2,<0.4",  # shapes in signatures
+    "numpy>=2,<3",
+    "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
+]
+DATA = [
+    "tensorflow-cpu>=2.21,<2.22; platform_machine == 'x86_64'",  # tf.data; no GPU build needed
+    "tensorflow>=2.21,<2.22; platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.10,<5",  # storage of prepared data
+    "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
+    "array-record>=0.8,<0.9",  # random access to it
+    "transformers>=5,<6",  # tokenizer and mel filters
+    "openai-clip>=1.0.1,<2",  # CLIP's byte-pair vocabulary; its code is not imported
+    "ftfy>=6.1,<7",  # CLIP cleans text with it
+]
+PREPARE = [
+    *DATA,
+    "av>=14,<19",  # decodes and encodes media
+    "pillow>=10,<13",  # bicubic resize and JPEG, as the reference
+    "tqdm>=4.66,<5",  # progress bars
+    "espeakng-loader>=0.2.4,<0.3",  # the demo's voices
+]
+TEST = [
+    *PREPARE,
+    "pytest>=8,<10",
+    "ruff>=0.14,<1",
+    "beartype>=0.20,<1",  # checks the shapes in signatures during tests
+    "hypothesis>=6.100,<7",
+    "safetensors>=0.5,<1",
+    # The reference implementation of the tests, and transformers' models. This very version,
+    # because a newer one brings gigabytes of CUDA where only a CPU is needed.
+    "torch==2.13.0",
+]
+
+setup(
+    name="save_jax",
+    version=VERSION,
+    description="SAVE: text-to-video retrieval with sight, sound and speech, in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["save_jax*", "data_pipelines*", "configs*", "launch*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=CORE,
+    extras_require={
+        "data": DATA,
+        "prepare": PREPARE,
+        "test": TEST,
+        "cuda": ["jax[cuda12]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+    },
+)

@@ -1,0 +1,17 @@
+"""Tests run on the CPU, as eight devices, with every shape annotation of `save_jax` checked."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Most of a test's time is compilation, and this halves it.
+        "--xla_backend_optimization_level=0",
+    ]
+).strip()
+
+from jaxtyping import install_import_hook
+
+install_import_hook("save_jax", "beartype.beartype")

@@ -1,0 +1,252 @@
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_pipelines import input as pipeline
+from data_pipelines import media
+from data_pipelines.prepare import prepare
+from data_pipelines.recipe import Recipe
+from data_pipelines.text import Tokenizer
+from save_jax.errors import UserError
+from tests.data_pipelines.conftest import SMALL
+
+EVERYTHING = {"sound": True, "speech": True, "teacher": True}
+NOTHING = {"sound": False, "speech": False, "teacher": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def train(prepared):
+    return pipeline.open_split(str(prepared), "msrvtt", "9k", "train", SMALL)
+
+
+@pytest.fixture(scope="module")
+def test_split(prepared):
+    return pipeline.open_split(str(prepared), "msrvtt", "9k", "test", {})
+
+
+def batches(split, tokenizer, *, stop, start=0, batch_size=16, seed=3, fields=NOTHING, **kwargs):
+    return list(
+        pipeline.train_batches(
+            split, batch_size=batch_size, seed=seed, start_step=start, total_steps=stop,
+            max_words=12, tokenizer=tokenizer, **fields, **kwargs,
+        )
+    )  # fmt: skip
+
+
+def pairs(batch):
+    """(row, caption's ids) of each row of a batch."""
+    return [(int(row), tuple(ids)) for row, ids in zip(batch.index, batch.caption_ids.tolist(),
+                                                       strict=True)]  # fmt: skip
+
+
+def test_a_split(train):
+    assert (train.num_clips, train.num_pairs, train.name) == (7, 140, "train")
+    assert train.video_ids == [f"video{n}" for n in range(7)]
+    assert train.captions[2][0] == "a drummer is talking in the kitchen"
+    assert train.groups[2] == [""] * 20
+    assert train.transcripts[3] == "" and train.transcripts[0].startswith("a cat")
+    assert train.has_audio.tolist() == [True, True, True, False, True, True, True]
+    assert train.recipe == Recipe(encoding="png", **SMALL)
+
+
+def test_a_training_batch(train, tokenizer, miniature):
+    (batch,) = batches(train, tokenizer, stop=1, fields=EVERYTHING)
+    expected = {
+        "frames": ((16, 4, 32, 32, 3), np.uint8),
+        "frame_mask": ((16, 4), np.bool_),
+        "caption_ids": ((16, 12), np.int32),
+        "transcript_ids": ((16, 12), np.int32),
+        "fbank": ((16, 64, 128), np.float16),
+        "has_audio": ((16,), np.bool_),
+        "teacher_video": ((16, 1024), np.float32),
+        "teacher_audio": ((16, 1024), np.float32),
+        "has_teacher": ((16,), np.bool_),
+        "index": ((16,), np.int32),
+    }
+    found = {name: (array.shape, array.dtype) for name, array in batch._asdict().items()}
+    assert found == expected
+    captions = {tuple(tokenizer([c], 12)[0]): row for row in range(7) for c in train.captions[row]}
+    for i, row in enumerate(batch.index):
+        frames = media.decode_frames(
+            miniature / "VideoData" / f"{train.video_ids[row]}.mp4", train.recipe
+        )
+        np.testing.assert_array_equal(batch.frames[i, :3], frames)  # stored as png: exactly
+        assert not batch.frames[i, 3:].any()
+        assert batch.frame_mask[i].tolist() == [True, True, True, False]
+        assert captions[tuple(batch.caption_ids[i])] == row
+        np.testing.assert_array_equal(
+            batch.transcript_ids[i], tokenizer([train.transcripts[row]], 12)[0]
+        )
+        assert batch.has_audio[i] == batch.fbank[i].any() == (row % 4 != 3)
+        assert batch.has_teacher[i] == batch.teacher_audio[i].any() == (row % 4 != 3)
+
+
+def test_what_is_not_wanted_is_none(train, tokenizer):
+    (batch,) = batches(train, tokenizer, stop=1)
+    absent = {name for name, array in batch._asdict().items() if array is None}
+    assert absent == {"transcript_ids", "fbank", "has_audio", "teacher_video", "teacher_audio",
+                      "has_teacher"}  # fmt: skip
+
+
+def test_each_pair_once_an_epoch(train, tokenizer):
+    assert pipeline.steps_per_epoch(train, 20) == 7
+    found = batches(train, tokenizer, stop=14, batch_size=20)
+    whole = Counter(
+        (row, tuple(ids))
+        for row, captions in enumerate(train.captions)
+        for ids in tokenizer(captions, 12).tolist()
+    )
+    epochs = [[p for batch in found[e * 7 : e * 7 + 7] for p in pairs(batch)] for e in (0, 1)]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == whole
+    assert epochs[0] != epochs[1]
+
+
+def test_the_last_incomplete_batch_is_dropped(train, tokenizer):
+    assert pipeline.steps_per_epoch(train, 16) == 8  # of 140
+    found = batches(train, tokenizer, stop=9)
+    order = pipeline.epoch_order(3, 1, 140)
+    rows = pipeline.caption_table(train).video_rows
+    np.testing.assert_array_equal(found[8].index, rows[order[:16]])
+
+
+def test_the_order_depends_on_the_seed_only(train, tokenizer):
+    one, same, other = (
+        [pairs(b) for b in batches(train, tokenizer, stop=3, seed=seed)] for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_same_batches(train, tokenizer, process_count):
+    whole = batches(train, tokenizer, stop=10, fields=EVERYTHING)
+    shares = [
+        batches(train, tokenizer, stop=10, fields=EVERYTHING, process_index=p,
+                process_count=process_count)
+        for p in range(process_count)
+    ]  # fmt: skip
+    for step, batch in enumerate(whole):
+        for name, array in batch._asdict().items():
+            together = np.concatenate([getattr(share[step], name) for share in shares])
+            np.testing.assert_array_equal(together, array, err_msg=name)
+
+
+@pytest.mark.parametrize("start", [1, 8, 11])
+def test_going_on_is_as_if_never_stopped(train, tokenizer, start):
+    whole = batches(train, tokenizer, stop=13, fields=EVERYTHING)
+    rest = batches(train, tokenizer, start=start, stop=13, fields=EVERYTHING)
+    assert len(rest) == 13 - start
+    for expected, found in zip(whole[start:], rest, strict=True):
+        for name, array in expected._asdict().items():
+            np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
+
+
+def test_skipped_steps_are_not_read(train, tokenizer, monkeypatch):
+    read = []
+    source = pipeline.array_record_data_source.ArrayRecordDataSource
+    original = source.__getitems__
+    monkeypatch.setattr(
+        source, "__getitems__", lambda self, rows: read.append(rows) or original(self, rows)
+    )
+    batches(train, tokenizer, start=100_000, stop=100_002)
+    assert len(read) == 2
+
+
+def test_nothing_left_to_do(train, tokenizer):
+    assert batches(train, tokenizer, start=5, stop=5) == []
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_clips_for_embedding(test_split, tokenizer, process_count):
+    shares = [
+        list(
+            pipeline.clip_batches(
+                test_split, batch_size=4, max_words=12, sound=True, speech=True,
+                tokenizer=tokenizer, process_index=p, process_count=process_count,
+            )
+        )
+        for p in range(process_count)
+    ]  # fmt: skip
+    assert {len(share) for share in shares} == {2}
+    found = [
+        [np.concatenate(arrays) for arrays in zip(*(s[step][:2] for s in shares), strict=True)]
+        for step in range(2)
+    ]
+    index = np.concatenate([share[step].index for step in range(2) for share in shares])
+    assert index.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    assert found[1][0].shape == (4, 4, 32, 32, 3)
+    assert found[1][1].any(axis=1).all()  # what fills up is a clip like others: no empty mask
+    for batch in (batch for share in shares for batch in share):
+        assert batch.caption_ids is None and batch.teacher_video is None
+        for row, its_index in enumerate(batch.index):
+            if its_index >= 0:
+                assert batch.has_audio[row] == test_split.has_audio[its_index]
+                assert batch.fbank[row].any() == test_split.has_audio[its_index]
+
+
+def test_the_caption_table(test_split, train):
+    table = pipeline.caption_table(test_split)
+    assert table.texts == [captions[0] for captions in test_split.captions]
+    assert table.video_rows.tolist() == [0, 1, 2, 3, 4] and table.video_rows.dtype == np.int32
+    assert table.groups == [""] * 5
+    assert pipeline.caption_table(train).video_rows.tolist() == [n // 20 for n in range(140)]
+
+
+def test_batches_that_cannot_be(train, tokenizer):
+    with pytest.raises(UserError, match=r"batch of 141 .* found 140 captions of 7 clips"):
+        pipeline.steps_per_epoch(train, 141)
+    with pytest.raises(UserError, match="multiple of 3"):
+        batches(train, tokenizer, stop=1, process_count=3)
+    with pytest.raises(UserError, match="multiple of 2"):
+        pipeline.clip_batches(train, batch_size=5, max_words=12, sound=False, speech=False,
+                              tokenizer=tokenizer, process_count=2)  # fmt: skip
+
+
+def test_frames_stored_as_jpeg(miniature, tmp_path, train, tokenizer):
+    prepare("msrvtt", root=str(miniature), out=str(tmp_path), recipe=Recipe(**SMALL), workers=1)
+    split = pipeline.open_split(str(tmp_path), "msrvtt", "9k", "train", SMALL)
+    (lossy,) = batches(split, tokenizer, stop=1)
+    (exact,) = batches(train, tokenizer, stop=1)
+    assert 0 < np.abs(lossy.frames.astype(int) - exact.frames).mean() < 3
+
+
+def test_an_absent_directory(tmp_path):
+    with pytest.raises(UserError) as caught:
+        pipeline.open_split(str(tmp_path), "msrvtt", "7k", "train", {**SMALL, "mel_bins": 128})
+    message = str(caught.value)
+    assert (
+        f"python -m data_pipelines.prepare msrvtt --root=ROOT --out={tmp_path} --variant=7k "
+        "--image_size=32 --max_frames=4 --fbank_frames=64"
+    ) in message
+    assert str(tmp_path / "msrvtt" / "7k" / "1.0.0" / "metadata.json") in message
+
+
+def test_another_recipe(prepared):
+    with pytest.raises(UserError, match="image_size: wanted 224, prepared with 32"):
+        pipeline.open_split(str(prepared), "msrvtt", "9k", "train", {"image_size": 224})
+
+
+def test_an_absent_split(prepared):
+    with pytest.raises(UserError, match=r"split 'val'.*there: test, train"):
+        pipeline.open_split(str(prepared), "msrvtt", "9k", "val", {})
+
+
+def test_lost_files(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    directory = tmp_path / "copy" / "msrvtt" / "9k" / "1.0.0"
+    (record,) = directory.glob("*test*array_record*")
+    record.unlink()
+    with pytest.raises(UserError, match=record.name):
+        pipeline.open_split(str(tmp_path / "copy"), "msrvtt", "9k", "test", {})
+    text = (directory / "index-train.json").read_text()
+    (directory / "index-train.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match=r"index-train\.json.*malformed"):
+        pipeline.open_split(str(tmp_path / "copy"), "msrvtt", "9k", "train", {})
+    assert json.loads(text)

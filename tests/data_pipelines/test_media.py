@@ -1,0 +1,217 @@
+import io
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import media
+from data_pipelines.recipe import Recipe
+from tests import media as synthetic
+
+SMALL = Recipe(image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("fps", "count", "expected"),
+    [
+        (24, 100, [0, 24, 48, 72, 96]),
+        (25, 76, [0, 25, 50, 75]),
+        (25, 75, [0, 25, 50]),
+        (Fraction(30000, 1001), 90, [0, 29, 58, 87]),
+        (30, 90, [0, 30, 60]),
+        (60, 121, [0, 60, 120]),
+        (Fraction(25, 2), 30, [0, 12, 24]),
+        (1, 3, [0, 1, 2]),
+        (Fraction(1, 2), 3, [0, 1, 2]),  # less than one a second: every frame
+        (10, 1, [0]),
+    ],
+)
+def test_one_frame_a_second(tmp_path, fps, count, expected):
+    path = synthetic.write_video(tmp_path / "a.mp4", synthetic.numbered_frames(count), fps)
+    frames = media.decode_frames(path, SMALL)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (len(expected), 32, 32, 3)
+    assert [synthetic.number_of(frame) for frame in frames] == expected
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.webm", "libvpx")])
+def test_frames_are_counted_in_the_order_they_are_shown(tmp_path, name, codec):
+    frames = synthetic.numbered_frames(45)
+    path = synthetic.write_video(tmp_path / name, frames, 10, codec=codec)
+    found = [synthetic.number_of(frame) for frame in media.decode_frames(path, SMALL)]
+    assert found == [0, 10, 20, 30, 40]
+
+
+def test_of_too_many_frames_evenly_spaced_ones_are_kept(tmp_path):
+    path = synthetic.write_video(tmp_path / "a.mp4", synthetic.numbered_frames(40), 2)
+    found = [synthetic.number_of(frame) for frame in media.decode_frames(path, SMALL)]
+    # 20 seconds, 12 kept: i·19/11 without its fraction.
+    assert found == [2 * s for s in [0, 1, 3, 5, 6, 8, 10, 12, 13, 15, 17, 19]]
+
+
+@pytest.mark.parametrize(("count", "most", "expected"), [(4, 4, [0, 1, 2, 3]), (9, 1, [0])])
+def test_keep_evenly_at_its_limits(count, most, expected):
+    assert media.keep_evenly(count, most) == expected
+
+
+def test_candidates_on_disk_are_the_same_frames(tmp_path, monkeypatch):
+    path = synthetic.write_video(tmp_path / "a.mp4", synthetic.numbered_frames(30), 1)
+    in_memory = media.decode_frames(path, SMALL)
+    monkeypatch.setattr(media, "_CANDIDATES_IN_MEMORY", 1000)
+    np.testing.assert_array_equal(media.decode_frames(path, SMALL), in_memory)
+
+
+@pytest.mark.parametrize(
+    ("clockwise", "shown_at"),
+    [(0, (0, 0)), (90, (0, -1)), (180, (-1, -1)), (270, (-1, 0))],
+)
+def test_rotation_metadata_is_applied(tmp_path, clockwise, shown_at):
+    frame = np.zeros((64, 64, 3), np.uint8)
+    frame[:32, :32] = 255  # top left
+    path = synthetic.write_video(tmp_path / "a.mp4", [frame] * 3, clockwise=clockwise)
+    shown = media.decode_frames(path, SMALL)[0]
+    corners = {
+        (y, x): shown[y * 8 + (4 if y == 0 else 0), x * 8 + (4 if x == 0 else 0)].mean()
+        for y in (0, -1)
+        for x in (0, -1)
+    }
+    assert [corner for corner, mean in corners.items() if mean > 127] == [shown_at]
+
+
+def test_rotation_comes_before_the_crop(tmp_path):
+    frame = np.zeros((64, 128, 3), np.uint8)
+    frame[:, :32] = 255  # outside the centre square
+    path = synthetic.write_video(tmp_path / "a.mp4", [frame] * 3, clockwise=90)
+    assert media.decode_frames(path, SMALL)[0, 2:-2, 2:-2].max() < 40
+
+
+@pytest.mark.parametrize(("width", "first"), [(4, 0), (5, 0), (6, 1), (7, 2), (8, 2), (9, 2)])
+def test_crop_offset_is_rounded_to_even(width, first):
+    columns = np.arange(width, dtype=np.uint8)
+    pixels = np.broadcast_to(columns[None, :, None], (4, width, 3)).copy()
+    fitted = media.fit(Image.fromarray(pixels), 4)
+    assert fitted[0, :, 0].tolist() == list(range(first, first + 4))
+    upright = media.fit(Image.fromarray(pixels.transpose(1, 0, 2).copy()), 4)
+    np.testing.assert_array_equal(upright, fitted.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "resized"),
+    [(320, 240, (298, 224)), (240, 320, (224, 298)), (101, 100, (226, 224)), (50, 50, (224, 224))],
+)
+def test_long_side_is_truncated(width, height, resized):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    top, left = round((resized[1] - 224) / 2), round((resized[0] - 224) / 2)
+    np.testing.assert_array_equal(media.fit(image, 224), whole[top : top + 224, left : left + 224])
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (2, 5000)])
+def test_strips(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    assert media.fit(Image.fromarray(pixels), 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("size", [(4, 400), (400, 4)])
+def test_strips_are_fitted_as_other_images_are(monkeypatch, size):
+    y, x = np.mgrid[: size[1], : size[0]]
+    waves = [128 + 80 * np.sin(0.3 * x + 0.4 * y + phase) for phase in range(3)]
+    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    as_strip = media.fit(image, 16).astype(int)
+    monkeypatch.setattr(media, "_STRIP", 1000)
+    plain = media.fit(image, 16).astype(int)
+    assert plain.std() > 10
+    assert np.abs(as_strip - plain).max() <= 1
+
+
+def test_a_file_cut_in_the_middle_gives_what_decodes(tmp_path):
+    path = synthetic.write_video(tmp_path / "a.mkv", synthetic.numbered_frames(100), 10)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    found = [synthetic.number_of(frame) for frame in media.decode_frames(path, SMALL)]
+    assert found == [10 * s for s in range(len(found))]
+    assert 4 <= len(found) <= 7
+
+
+def test_a_damaged_stretch_does_not_end_the_video(tmp_path):
+    frames = synthetic.numbered_frames(60)
+    path = synthetic.write_video(
+        tmp_path / "a.mp4", frames, 5, codec="libx264", options={"movflags": "faststart"}
+    )
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    data[middle : middle + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    assert len(media.decode_frames(path, SMALL)) >= 8
+
+
+def test_frames_held_back_are_given_when_reading_breaks_off(tmp_path):
+    path = synthetic.write_video(
+        tmp_path / "a.mp4", synthetic.numbered_frames(20), codec="libx264"
+    )  # whose frames are stored in another order than they are shown
+
+    class Breaking:
+        def demux(self, stream):
+            for packet in container.demux(stream):
+                if packet.size == 0:
+                    raise av.error.OSError(5, "Input/output error")
+                yield packet
+
+    with av.open(str(path)) as container:
+        assert len(list(media.decodable(Breaking(), container.streams.video[0]))) == 20
+
+
+def _cut_video(path):
+    synthetic.write_video(path, synthetic.numbered_frames(20), options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 8])
+
+
+BAD_FILES = {
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_text("not a video at all\n" * 50), "FFmpeg"),
+    "zeros": (lambda path: path.write_bytes(bytes(5000)), "FFmpeg"),
+    "absent": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "FFmpeg"),
+    "no frame": (_cut_video, "can be decoded"),
+    "sound only": (
+        lambda path: synthetic.write_video(path, [], codec="", sound=synthetic.tone(1)[None]),
+        "no video track",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_unreadable_files_say_why(tmp_path, kind):
+    make, reason = BAD_FILES[kind]
+    make(tmp_path / "bad.mp4")
+    with pytest.raises(media.MediaError, match=reason) as caught:
+        media.decode_frames(tmp_path / "bad.mp4", SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_encodings():
+    frame = np.zeros((32, 32, 3), np.uint8)
+    frame[8:24, 8:24] = (255, 0, 0)
+    png, jpeg = (media.encode_frame(frame, encoding) for encoding in ("png", "jpeg"))
+    with Image.open(io.BytesIO(png)) as image:
+        np.testing.assert_array_equal(np.asarray(image), frame)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.format == "JPEG"
+        assert np.abs(np.asarray(image).astype(int) - frame).mean() < 3
+    with pytest.raises(ValueError, match="'gif'"):
+        media.encode_frame(frame, "gif")
+
+
+def test_reading_media_needs_neither_tensorflow_nor_torch():
+    code = (
+        "import sys, data_pipelines.records, data_pipelines.text, data_pipelines.prepare;"
+        "print(sorted({'tensorflow', 'torch', 'jax'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,173 @@
+"""The step and the loop: device count, batch order, interruption, breakdown, resumption."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from save_jax import optimizer
+from save_jax.checkpoint import Checkpoints, load_parameters
+from save_jax.errors import NonFiniteLossError
+from save_jax.optimizer import OptimizerConfig
+from tests import synthetic
+from tests.training import RATES, program, run
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir) -> list[float]:
+    return [line["loss"] for line in lines(workdir) if "loss" in line]
+
+
+def assert_identical(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_losses_agree_on_one_and_eight_devices(tmp_path):
+    five = OptimizerConfig(**{**vars(RATES), "total_steps": 5})
+    run(tmp_path / "1", rates=five)
+    run(tmp_path / "8", rates=five, devices=8)
+    one, eight = losses(tmp_path / "1"), losses(tmp_path / "8")
+    assert len(one) == 5 and one[0] != one[4]
+    np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+def test_step_does_not_depend_on_batch_order():
+    _, state, step, _ = program(RATES, 1)
+    batch = synthetic.clips()
+    shuffled = synthetic.rows(batch, np.random.default_rng(0).permutation(synthetic.CLIPS))
+    (a, one), (b, other) = (step(state, x) for x in (batch, shuffled))
+    assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
+    assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-4)
+    assert a.step == b.step == 1
+
+
+def test_frozen_parameters_do_not_move_and_others_do(tmp_path):
+    _, before, _, _ = program(RATES, 1)
+    after = run(tmp_path)
+    assert_identical(before.frozen, after.frozen)
+    assert before.frozen and all(optimizer.group_of(k) == "ast" for k in before.frozen)
+    still = [
+        k
+        for k, v in before.trained.items()
+        if np.array_equal(np.asarray(v), np.asarray(after.trained[k]))
+    ]
+    assert not still
+
+
+def test_logit_scale_never_exceeds_ln_100():
+    _, state, step, _ = program(RATES, 1)
+    state = state._replace(trained={**state.trained, "clip.logit_scale": np.float32(9.0)})
+    state, _ = step(state, synthetic.clips())
+    assert float(state.trained["clip.logit_scale"]) == pytest.approx(math.log(100))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The parameters that a run in a process of its own ends with."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert process(workdir, "never") == 0
+    return final_parameters(workdir)
+
+
+def process(workdir, moment: str) -> int:
+    # All processes run one program: compiling it once is enough.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tests.training", str(workdir), moment],
+        check=False,
+        capture_output=True,
+        env=os.environ | cache,
+    ).returncode
+
+
+def final_parameters(workdir) -> dict[str, np.ndarray]:
+    like = program(RATES, 1)[1]
+    step, params = load_parameters(workdir, {**like.trained, **like.frozen})
+    assert step == RATES.total_steps
+    return params
+
+
+@pytest.mark.parametrize("moment", ["step", "write", "evaluation"])
+def test_a_killed_run_goes_on_bit_identically(tmp_path, uninterrupted, moment):
+    assert process(tmp_path, moment) == -signal.SIGKILL
+    if moment == "write":
+        assert list((tmp_path / "checkpoints").glob("*tmp*")), "killed too late: nothing is open"
+    assert process(tmp_path, "never") == 0
+    assert_identical(uninterrupted, final_parameters(tmp_path))
+    assert [x["step"] for x in lines(tmp_path) if "loss" in x] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("crash", [2, 5, 10])
+def test_a_crashed_run_goes_on_bit_identically(tmp_path, crash):
+    straight = run(tmp_path / "straight")
+    with pytest.raises(KeyError):
+        run(tmp_path / "crashed", stop_after=crash)
+    assert_identical(straight, run(tmp_path / "crashed"))
+    one, other = lines(tmp_path / "straight"), lines(tmp_path / "crashed")
+    assert [x["step"] for x in one] == [x["step"] for x in other]
+    assert losses(tmp_path / "straight") == losses(tmp_path / "crashed")
+
+
+def test_a_broken_loss_stops_names_the_clips_and_keeps_the_checkpoint(tmp_path):
+    data = synthetic.clips()
+    poisoned = data._replace(teacher_video=data.teacher_video.copy())
+    poisoned.teacher_video[13] = np.nan
+    poisoned = poisoned._replace(has_audio=np.ones(synthetic.CLIPS, bool))
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: (loss|grad_norm) = nan(.|\n)*clip13"):
+        run(tmp_path, data=poisoned)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+def test_a_broken_step_never_reaches_a_checkpoint(tmp_path):
+    wild = OptimizerConfig(**{**vars(RATES), "new": 1e30, "query_tokens": 1e30})
+    with pytest.raises(NonFiniteLossError, match=r"is intact|no checkpoint"):
+        run(tmp_path, rates=wild, eval_every=100)
+    checkpoints = Checkpoints(tmp_path)
+    for step in [checkpoints.latest_step()] if checkpoints.latest_step() else []:
+        restored = checkpoints.restore(step, program(wild, 1)[1])
+        assert all(np.isfinite(v).all() for v in restored.trained.values())
+
+
+def test_evaluation_is_written_as_promised(tmp_path):
+    run(tmp_path)
+    folders = sorted(int(p.name) for p in (tmp_path / "evaluation").iterdir())
+    assert folders == [4, 8, 12]
+    last = tmp_path / "evaluation" / "12"
+    result = json.loads((last / "metrics.json").read_text())
+    assert set(result["t2v"]) == {"R1", "R5", "R10", "MdR", "MnR", "SumR"}
+    assert result["groups"]["sound"]["queries"] == 7
+    assert result["protocol"] == {
+        "split": "test",
+        "captions": 15,
+        "videos": 11,
+        "videos_with_captions": 11,
+        "selection": "after epoch 3 (the last step)",
+        "ties": "count against the model",
+        "v2t": "the best of each video's captions",
+    }
+    assert np.load(last / "similarity.npy").shape == (15, 11)
+    assert (last / "captions.csv").read_text().splitlines()[0] == "caption,video_id,group"
+    assert len((last / "videos.csv").read_text().splitlines()) == 12
+
+
+def test_best_and_latest_checkpoints_are_kept(tmp_path):
+    run(tmp_path)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    sums = {
+        step: json.loads((tmp_path / f"evaluation/{step}/metrics.json").read_text())["t2v"]["SumR"]
+        for step in (4, 8, 12)
+    }
+    assert 12 in kept and max(sums, key=sums.get) in kept and len(kept) <= 3
