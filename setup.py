@@ -29,6 +29,10 @@ DATA = [
     "openai-clip>=1.0.1,<2",  # CLIP's byte-pair vocabulary; its code is not imported
     "ftfy>=6.1,<7",  # CLIP cleans text with it
 ]
+WEIGHTS = [
+    "torch>=2.6,<3",  # reads and writes PyTorch's own files
+    "huggingface_hub>=1,<3",  # weights by their hub id
+]
 PREPARE = [
     *DATA,
     "av>=14,<19",  # decodes and encodes media
@@ -46,6 +50,7 @@ TEST = [
     # The reference implementation of the tests, and transformers' models. This very version,
     # because a newer one brings gigabytes of CUDA where only a CPU is needed.
     "torch==2.13.0",
+    "huggingface_hub>=1,<3",
 ]
 
 setup(
@@ -61,6 +66,7 @@ setup(
     extras_require={
         "data": DATA,
         "prepare": PREPARE,
+        "weights": WEIGHTS,
         "test": TEST,
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.mode = "train"  # "train" goes on from what the workdir holds; or "evaluate"
     config.seed = 0
-    config.init_from = ""  # a workdir, or one of its checkpoints; "" starts from random weights
+    config.init_from = ""  # a run, or PyTorch weights (see the README); "" starts at random
     config.dtype = "float32"  # compute dtype: "float32" or "bfloat16"; parameters stay float32
 
     config.batch_size = 128  # global: over all devices of all hosts
@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
             "frame_positions": True,
             "fusion_layers": 4,
             "audio_queries": 12,
+            "init_std": 0.02,  # of weights that start from nothing
         }
     )
 

@@ -154,11 +154,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _make_demo_corpus(root: str, workers: int) -> None:
     """Makes the demo corpus, or what an interruption left out of it; nothing when it is there."""
     from data_pipelines import demo_corpus
-    from data_pipelines.demo_corpus.corpus import CAPTIONS
 
-    if not os.path.exists(os.path.join(root, CAPTIONS)):  # this file is written last
-        print(f"Making the demo corpus in {root}")
-        demo_corpus.generate(root, seed=0, workers=workers)
+    demo_corpus.generate(root, seed=0, workers=workers)
 
 
 def _places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.typing import ArrayLike
 from orbax.checkpoint import checkpoint_managers
 
 from save_jax.errors import UserError
@@ -120,6 +122,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def is_ours(path: str | pathlib.Path) -> bool:
+    """Whether a path is a run's directory, or one of its checkpoints."""
+    path = pathlib.Path(path)
+    return (path / "default").is_dir() or any(
+        child.name.isdigit() for parent in (path, path / DIRECTORY) for child in parent.glob("*")
+    )
+
+
 def find(path: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint a path means: itself, or the latest of a workdir.
 
@@ -148,8 +158,12 @@ def _metadata(checkpoint: pathlib.Path) -> Mapping[str, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.metadata(checkpoint / "default").item_metadata.tree
-    except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+    except AttributeError as error:  # orbax gives None for what it cannot read
+        raise UserError(
+            f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or damaged"
+        ) from error
 
 
 def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
@@ -206,3 +220,54 @@ def load_parameters(path: str | pathlib.Path, like: Parameters) -> tuple[int, Pa
         )
     logging.info("read %s", checkpoint)
     return int(tree["step"]), tree["parameters"]
+
+
+def parameter_shapes(path: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtypes of a checkpoint's parameters, whatever model they are of.
+
+    Raises:
+        UserError: no complete checkpoint there.
+    """
+    found = _metadata(find(path))["parameters"]
+    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
+
+
+def read_parameters(path: str | pathlib.Path, like: Parameters) -> dict[str, np.ndarray]:
+    """Some or all parameters of a checkpoint in host memory, whatever devices it was written on.
+
+    Args:
+        path: a workdir or a checkpoint in it.
+        like: abstract arrays of the wanted names and shapes; see `parameter_shapes`.
+
+    Raises:
+        UserError: no checkpoint there, or its arrays are damaged.
+    """
+    checkpoint = find(path)
+    wanted = {"parameters": dict(like)}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                checkpoint / "default",
+                args=ocp.args.PyTreeRestore(
+                    wanted,
+                    partial_restore=True,
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                    ),
+                ),
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} cannot be read, it is damaged: {error}") from error
+    return tree["parameters"]
+
+
+def write_parameters(
+    workdir: str | pathlib.Path, parameters: Mapping[str, ArrayLike], step: int = 0
+) -> None:
+    """Writes a checkpoint of parameters alone, for `read_parameters` and `load_parameters`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            pathlib.Path(workdir).absolute() / DIRECTORY / str(step) / "default",
+            {"step": np.int32(step), "parameters": dict(parameters)},
+        )
+        checkpointer.wait_until_finished()

@@ -22,6 +22,9 @@ from save_jax import checkpoint, evaluate, metrics, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import NonFiniteLossError, UserError
+from save_jax.models.save import SAVEConfig
+from save_jax.objectives import LossConfig
+from save_jax.parameters import Parameters
 from save_jax.progress import Writer, say
 
 DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
@@ -32,6 +35,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "without it, the demo.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and tables go.")
+TRUST_ARCHIVE = flags.DEFINE_bool(
+    "trust_archive", False, "Read a TorchScript archive whose SHA-256 is not one of OpenAI's."
+)
 
 # Keys that may change when a run goes on: they do not touch its result.
 FREE_KEYS = ("mode", "log_every", "checkpoint_every")
@@ -224,12 +230,9 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
         state = checkpoints.restore(step, state)
         say(f"going on from checkpoint {step} of {total} in {workdir}")
     elif config["init_from"]:
-        _, loaded = checkpoint.load_parameters(
-            config["init_from"], {**state.trained, **state.frozen}
-        )
+        loaded = _load(config["init_from"], model, state)
         trained, frozen = optimizer.partition(loaded, rates)
         state = state._replace(trained=trained, frozen=frozen)
-        say(f"parameters from {config['init_from']}")
     if jax.process_index() == 0 and not recorded.exists():
         temporary = recorded.with_suffix(".tmp")
         temporary.write_text(json.dumps(config, indent=2) + "\n")
@@ -280,19 +283,46 @@ def summarise(workdir: pathlib.Path, split: str) -> None:
     say(f"\neverything is in {workdir}")
 
 
+def _load(
+    source: str, model: SAVEConfig, state: checkpoint.TrainState, *, complete: bool = False
+) -> Parameters:
+    """All parameters: those that `source` holds, the rest as they are in `state`.
+
+    Raises:
+        UserError: the source does not fit the model or, with `complete`, lacks some of it.
+    """
+    from save_jax import weights
+
+    current = {**state.trained, **state.frozen}
+    loaded = weights.load(source, model, current, trust_archive=TRUST_ARCHIVE.value)
+    say("\n".join(loaded.notes))
+    if complete and loaded.absent:
+        raise UserError(
+            f"{source} lacks {len(loaded.absent)} of the model's arrays, {loaded.absent[0]} first: "
+            "evaluate it with the config of the model that it holds"
+        )
+    placed = {
+        name: jax.device_put(value, current[name].sharding)
+        for name, value in loaded.parameters.items()
+    }
+    return current | placed
+
+
 def _evaluate(
     config: dict[str, Any],
     workdir: pathlib.Path,
-    model,
-    loss,
+    model: SAVEConfig,
+    loss: LossConfig,
     data: evaluate.EvaluationSet,
     mesh: jax.sharding.Mesh,
 ) -> bool:
-    graphdef, state = train.create_state(
-        model, configuration.optimizer_config(config, total_steps=1), config["seed"], mesh
-    )
-    source = checkpoint.find(config["init_from"] or workdir)
-    step, params = checkpoint.load_parameters(source, {**state.trained, **state.frozen})
+    graphdef, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
+    source = config["init_from"]
+    if not source or checkpoint.is_ours(source):
+        source = checkpoint.find(source or workdir)
+        step, params = checkpoint.load_parameters(source, {**state.trained, **state.frozen})
+    else:
+        step, params = 0, _load(source, model, state, complete=True)
     state = state._replace(trained=params, frozen={})
     workdir.mkdir(parents=True, exist_ok=True)
     writer = Writer(workdir, restored_step=None)
@@ -318,9 +348,13 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], pathlib.Path]:
         UserError: whatever is wrong with it.
     """
     app.define_help_flags()
-    # The default cannot be the flag's own: config_flags would read it before it can be refused.
-    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
-        argv = [argv[0], f"--config={DEMO}", *argv[1:]]
+    # config_flags wants --config before what it overrides. The default cannot be the flag's own:
+    # it would be read, overrides and all, before a mistake in them can be reported.
+    chosen = [arg for arg in argv[1:] if arg.startswith(("--config=", "-config="))]
+    rest = [arg for arg in argv[1:] if arg not in chosen]
+    if not chosen and "--config" not in rest and "-config" not in rest:
+        chosen = [f"--config={DEMO}"]
+    argv = [argv[0], *chosen, *rest]
     try:
         rest = flags.FLAGS(argv)
         config = CONFIG.value.to_dict()
@@ -359,7 +393,7 @@ def main(argv: list[str]) -> int:
     0: complete. 1: training broke down. 2: a mistake in what the user gave us. 75: interrupted by
     a signal, with a checkpoint; the same command goes on.
     """
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     try:
         complete = run(*_parse(argv))
     except UserError as error:

@@ -48,6 +48,11 @@ class OptimizerConfig:
         return getattr(self, group)
 
 
+ALL_FROZEN = OptimizerConfig(
+    clip=0.0, clip_stem=0.0, ast=0.0, ast_norm=0.0, new=0.0, query_tokens=0.0
+)  # for evaluation: no optimiser state at all
+
+
 def group_of(name: str) -> str:
     """The group of a parameter, by its name (`save_jax.parameters`)."""
     if name == "audio_resampler.query_tokens":

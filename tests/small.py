@@ -97,15 +97,21 @@ def captions(rng: np.random.Generator, count: int, length: int, vocab: int) -> n
     return ids
 
 
-def batch(seed: int = 0, clips: int = 6, frames: int = 4, length: int = 12) -> Batch:
+def batch(
+    seed: int = 0,
+    clips: int = 6,
+    frames: int = 4,
+    length: int = 12,
+    sizes: reference.Sizes = SIZES,
+) -> Batch:
     """Random clips: some without sound, some without speech, with garbage in padding frames."""
     rng = np.random.default_rng(seed)
-    side, vocab = SIZES.image_size, SIZES.vocab_size
+    side, vocab = sizes.image_size, sizes.vocab_size
     mask = np.arange(frames) < rng.integers(1, frames + 1, clips)[:, None]
     has_audio = np.arange(clips) % 3 != 1
     transcript = captions(rng, clips, length, vocab)
     transcript[np.arange(clips) % 2 == 1] = 0
-    fbank = rng.normal(size=(clips, SIZES.fbank_frames, SIZES.mel_bins))
+    fbank = rng.normal(size=(clips, sizes.fbank_frames, sizes.mel_bins))
     return Batch(
         frames=rng.integers(0, 256, (clips, frames, side, side, 3), np.uint8),
         frame_mask=mask,

@@ -41,8 +41,16 @@ VARIANTS = {"base": ASTConfig()}
 class AST(nnx.Module):
     """Filterbanks in, one state a patch out, with the pooled token first."""
 
-    def __init__(self, config: ASTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, init = config.width, layers.BlockInit(*[layers.normal_02] * 4)
+    def __init__(
+        self,
+        config: ASTConfig,
+        *,
+        init_std: float = layers.INIT_STD,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        width, normal = config.width, nnx.initializers.normal(init_std)
+        init = layers.BlockInit(normal, normal, normal, normal)
         self.patch_embed = nnx.Conv(
             1,
             width,
@@ -52,9 +60,9 @@ class AST(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.cls_token = nnx.Param(layers.normal_02(rngs.params(), (width,)))
-        self.dist_token = nnx.Param(layers.normal_02(rngs.params(), (width,)))
-        self.pos_embed = nnx.Param(layers.normal_02(rngs.params(), (config.patches + 2, width)))
+        self.cls_token = nnx.Param(normal(rngs.params(), (width,)))
+        self.dist_token = nnx.Param(normal(rngs.params(), (width,)))
+        self.pos_embed = nnx.Param(normal(rngs.params(), (config.patches + 2, width)))
         self.blocks = layers.Stack(
             lambda rngs: layers.Block(
                 width,

@@ -12,10 +12,21 @@ EPSILON = 1e-12  # of every LayerNorm in this file; CLIP's own is 1e-5
 class ResamplerBlock(nnx.Module):
     """Self-attention over the queries, cross-attention to the sound, MLP; residual around each."""
 
-    def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn = layers.Attention(width, heads, dtype=dtype, rngs=rngs)
-        self.cross_attn = layers.Attention(width, heads, dtype=dtype, rngs=rngs)
-        self.mlp = layers.MLP(width, activation=layers.quick_gelu, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        init_std: float = layers.INIT_STD,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        init = layers.BlockInit.normal(init_std)
+        self.attn = layers.Attention(width, heads, init=init, dtype=dtype, rngs=rngs)
+        self.cross_attn = layers.Attention(width, heads, init=init, dtype=dtype, rngs=rngs)
+        self.mlp = layers.MLP(
+            width, activation=layers.quick_gelu, init=init, dtype=dtype, rngs=rngs
+        )
         self.ln_1 = layers.layer_norm(width, EPSILON, dtype, rngs)
         self.ln_2 = layers.layer_norm(width, EPSILON, dtype, rngs)
         self.ln_3 = layers.layer_norm(width, EPSILON, dtype, rngs)
@@ -32,16 +43,28 @@ class AudioResampler(nnx.Module):
     """A fixed number of learned queries that summarise the sound's tokens (spec section 3)."""
 
     def __init__(
-        self, width: int, heads: int, depth: int, queries: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        depth: int,
+        queries: int,
+        *,
+        init_std: float = layers.INIT_STD,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.dtype = dtype
         # Stored [width, queries], as the reference does: the orthogonal vectors are its columns.
         self.query_tokens = nnx.Param(
             nnx.initializers.orthogonal()(rngs.params(), (width, queries))
         )
-        self.query_positions = nnx.Param(layers.normal_02(rngs.params(), (queries, width)))
+        self.query_positions = nnx.Param(
+            nnx.initializers.normal(init_std)(rngs.params(), (queries, width))
+        )
         self.blocks = layers.Stack(
-            lambda rngs: ResamplerBlock(width, heads, dtype=dtype, rngs=rngs), depth, rngs
+            lambda rngs: ResamplerBlock(width, heads, init_std=init_std, dtype=dtype, rngs=rngs),
+            depth,
+            rngs,
         )
 
     def __call__(
@@ -54,10 +77,17 @@ class AudioResampler(nnx.Module):
 class Gate(nnx.Module):
     """One scalar a clip in (−1, 1): how much of a modality to let in (spec section 4, step 1)."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, *, init_std: float = layers.INIT_STD, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         def linear(n_in: int, n_out: int) -> nnx.Linear:
             return nnx.Linear(
-                n_in, n_out, use_bias=False, kernel_init=layers.normal_02, dtype=dtype, rngs=rngs
+                n_in,
+                n_out,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(init_std),
+                dtype=dtype,
+                rngs=rngs,
             )
 
         self.fc = linear(2 * width, width // 2)
@@ -70,15 +100,26 @@ class Gate(nnx.Module):
 class FusionBlock(nnx.Module):
     """One block of gated fusion: the modality comes in through two gates (spec section 4)."""
 
-    def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn_gate = Gate(width, dtype=dtype, rngs=rngs)
-        self.ff_gate = Gate(width, dtype=dtype, rngs=rngs)
-        self.cross_attn = layers.Attention(width, heads, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        init_std: float = layers.INIT_STD,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        init = layers.BlockInit.normal(init_std)
+        self.attn_gate = Gate(width, init_std=init_std, dtype=dtype, rngs=rngs)
+        self.ff_gate = Gate(width, init_std=init_std, dtype=dtype, rngs=rngs)
+        self.cross_attn = layers.Attention(width, heads, init=init, dtype=dtype, rngs=rngs)
         self.cross_ff = layers.MLP(
-            width, activation=layers.quick_gelu, use_bias=False, dtype=dtype, rngs=rngs
+            width, activation=layers.quick_gelu, init=init, use_bias=False, dtype=dtype, rngs=rngs
         )
-        self.attn = layers.Attention(width, heads, dtype=dtype, rngs=rngs)
-        self.mlp = layers.MLP(width, activation=layers.quick_gelu, dtype=dtype, rngs=rngs)
+        self.attn = layers.Attention(width, heads, init=init, dtype=dtype, rngs=rngs)
+        self.mlp = layers.MLP(
+            width, activation=layers.quick_gelu, init=init, dtype=dtype, rngs=rngs
+        )
         self.ln_1 = layers.layer_norm(width, EPSILON, dtype, rngs)
         self.ln_2 = layers.layer_norm(width, EPSILON, dtype, rngs)
         self.ln_3 = layers.layer_norm(width, EPSILON, dtype, rngs)
@@ -99,9 +140,20 @@ class FusionBlock(nnx.Module):
 class GatedFusion(nnx.Module):
     """Frames that have taken in a modality's tokens; the tokens themselves never change."""
 
-    def __init__(self, width: int, heads: int, depth: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        depth: int,
+        *,
+        init_std: float = layers.INIT_STD,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.blocks = layers.Stack(
-            lambda rngs: FusionBlock(width, heads, dtype=dtype, rngs=rngs), depth, rngs
+            lambda rngs: FusionBlock(width, heads, init_std=init_std, dtype=dtype, rngs=rngs),
+            depth,
+            rngs,
         )
 
     def __call__(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 Initializer = nnx.Initializer
 Activation = Callable[[Array], Array]
 
-normal_02 = nnx.initializers.normal(0.02)
+INIT_STD = 0.02  # of what starts from nothing (spec section 7); it belongs to a width near 512
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -53,9 +53,10 @@ class BlockInit(NamedTuple):
         )
 
     @classmethod
-    def default(cls) -> "BlockInit":
-        """Spec section 7: normal with std 0.02, Xavier-uniform in-projections."""
-        return cls(nnx.initializers.xavier_uniform(), normal_02, normal_02, normal_02)
+    def normal(cls, std: float = INIT_STD) -> "BlockInit":
+        """Spec section 7: normal, with Xavier-uniform in-projections."""
+        normal = nnx.initializers.normal(std)
+        return cls(nnx.initializers.xavier_uniform(), normal, normal, normal)
 
 
 class Attention(nnx.Module):
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         init: BlockInit | None = None,
     ):
-        init = init or BlockInit.default()
+        init = init or BlockInit.normal()
         if width % heads:
             raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
         self.heads = heads
@@ -114,7 +115,7 @@ class MLP(nnx.Module):
         use_bias: bool = True,
         expansion: int = 4,
     ):
-        init = init or BlockInit.default()
+        init = init or BlockInit.normal()
         self.activation = activation
         self.c_fc = nnx.Linear(
             width,

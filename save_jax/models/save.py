@@ -17,6 +17,10 @@ from save_jax.models.fusion import AudioResampler, GatedFusion
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# What starts as a copy of CLIP's text tower (spec section 7), in every block of these stacks.
+STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
+FROM_TEXT_BLOCKS = ("attn", "ln_1", "mlp", "ln_2")
+
 
 @dataclasses.dataclass(frozen=True)
 class SAVEConfig:
@@ -33,6 +37,8 @@ class SAVEConfig:
             pooling has none.
         fusion_layers: blocks of the resampler and of each fusion stack.
         audio_queries: learned queries of the resampler.
+        init_std: standard deviation of the weights that start from nothing. Narrow models want
+            more: at width 64, 0.02 leaves the gates all but shut.
         dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
     """
 
@@ -44,6 +50,7 @@ class SAVEConfig:
     frame_positions: bool = True
     fusion_layers: int = 4
     audio_queries: int = 12
+    init_std: float = layers.INIT_STD
     dtype: str = "float32"
 
     @property
@@ -78,10 +85,12 @@ class SAVE(nnx.Module):
         self.clip = CLIP(config.clip, dtype=dtype, rngs=rngs)
         if config.frame_positions:
             self.frame_positions = nnx.Param(
-                layers.normal_02(rngs.params(), (config.clip.context_length, width))
+                nnx.initializers.normal(config.init_std)(
+                    rngs.params(), (config.clip.context_length, width)
+                )
             )
         if config.sound_weight:
-            self.ast = AST(config.ast, dtype=dtype, rngs=rngs)
+            self.ast = AST(config.ast, init_std=config.init_std, dtype=dtype, rngs=rngs)
             self.audio_projection = nnx.Linear(
                 config.ast.width,
                 width,
@@ -91,11 +100,21 @@ class SAVE(nnx.Module):
                 kernel_init=nnx.initializers.normal(config.ast.width**-0.5),
             )
             self.audio_resampler = AudioResampler(
-                width, heads, depth, config.audio_queries, dtype=dtype, rngs=rngs
+                width,
+                heads,
+                depth,
+                config.audio_queries,
+                init_std=config.init_std,
+                dtype=dtype,
+                rngs=rngs,
             )
-            self.audio_fusion = GatedFusion(width, heads, depth, dtype=dtype, rngs=rngs)
+            self.audio_fusion = GatedFusion(
+                width, heads, depth, init_std=config.init_std, dtype=dtype, rngs=rngs
+            )
         if config.speech_weight:
-            self.speech_fusion = GatedFusion(width, heads, depth, dtype=dtype, rngs=rngs)
+            self.speech_fusion = GatedFusion(
+                width, heads, depth, init_std=config.init_std, dtype=dtype, rngs=rngs
+            )
 
     def encode_text(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
         """Captions as vectors, not normalised."""
@@ -155,12 +174,10 @@ def copy_clip_into_fusion(model: SAVE) -> None:
         # Copies, because two parameters that share a buffer cannot both be donated.
         model.frame_positions[...] = jnp.copy(text.positional_embedding[...])
     stacks = [
-        getattr(model, name).blocks.layer
-        for name in ("audio_resampler", "audio_fusion", "speech_fusion")
-        if hasattr(model, name)
+        getattr(model, name).blocks.layer for name in STACKS_FROM_TEXT if hasattr(model, name)
     ]
     for layer in stacks:
-        for part in ("attn", "ln_1", "mlp", "ln_2"):
+        for part in FROM_TEXT_BLOCKS:
             source = nnx.state(getattr(text.blocks.layer, part), nnx.Param)
             nnx.update(getattr(layer, part), jax.tree.map(lambda a: jnp.copy(a[:depth]), source))
 

@@ -1,5 +1,10 @@
-"""PyTorch's parameter names and ours: one table a model, and the two ways through it.
+"""Weights of other implementations: their names and ours, and the two ways between them.
 
-The tables (`clip`, `ast`, `save`) are the only place that knows PyTorch's names. Arrays go in and
-come out as NumPy's; nothing here imports torch.
+The tables (`clip`, `ast`, `save`) are the only place that knows PyTorch's names; `load` reads what
+users have, `python -m save_jax.weights` imports and exports. PyTorch is imported only to read or
+write its own pickles.
 """
+
+from save_jax.weights.loading import Loaded, load
+
+__all__ = ["Loaded", "load"]

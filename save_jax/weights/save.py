@@ -42,5 +42,5 @@ TABLE = Table(
         *(f"clip.audio.{name}" for name in ast.TABLE.unused),
     ),
     # AVIGATE's name of the resampler.
-    renamed={"transformer_Fusion.": "Audio_Resampler."},
+    renamed={r"^transformer_Fusion\.": "Audio_Resampler."},
 )

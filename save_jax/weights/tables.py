@@ -3,20 +3,23 @@
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from save_jax.errors import UserError
 from save_jax.parameters import STACKED, Parameters
+from save_jax.weights.tensors import Shape, Tensor
 
 LAYER = ".*."  # stands for the layer's number in PyTorch's names: "resblocks.*.ln_1.weight"
 SHOWN = 5  # names shown of a long list
 
-Shape = tuple[int, ...]
+# Arrays by PyTorch's names; `Tensor`s are read one at a time.
+State = Mapping[str, np.ndarray | jax.Array | Tensor]
 
 
 class Transform(NamedTuple):
@@ -46,16 +49,28 @@ TWO_LEADING = Transform(lambda x: x[0, 0], lambda x: x[None, None])
 class Row(NamedTuple):
     """One parameter: PyTorch's name, ours, and the transform from theirs to ours and back.
 
-    A name with `LAYER` in it stands for one tensor a layer, which we keep stacked.
+    A name with `LAYER` in it stands for one tensor a layer, which we keep stacked. Several names
+    stand for tensors that we keep joined along PyTorch's first axis, before the transform.
     """
 
-    torch: str
+    torch: str | tuple[str, ...]
     ours: str
     transform: Transform = AS_IS
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """PyTorch's names; more than one where we join what they keep apart."""
+        return (self.torch,) if isinstance(self.torch, str) else self.torch
+
+    @property
+    def stacked(self) -> bool:
+        """Whether PyTorch keeps one tensor a layer."""
+        return LAYER in self.names[0]
+
     def under(self, torch: str, ours: str) -> "Row":
         """The same row below a prefix on either side."""
-        return self._replace(torch=torch + self.torch, ours=ours + self.ours)
+        names = tuple(torch + name for name in self.names)
+        return self._replace(torch=names if len(names) > 1 else names[0], ours=ours + self.ours)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Table:
     Attributes:
         rows: one a parameter.
         unused: `fnmatch` patterns of PyTorch's names that may be present and mean nothing to us.
-        renamed: prefix -> prefix, other spellings of PyTorch's names.
+        renamed: regular expression -> replacement, other spellings of PyTorch's names.
     """
 
     rows: tuple[Row, ...]
@@ -83,11 +98,35 @@ class Table:
                 return row
         raise KeyError(f"the table has no row for our parameter {ours!r}")
 
+    def canonical(self, name: str) -> str:
+        """A tensor's name as the rows spell it; a `module.` prefix is ignored."""
+        name = name.removeprefix("module.")
+        for pattern, replacement in self.renamed.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor (by its canonical name) means nothing to us."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
+
+    def holders(self, names: Iterable[str]) -> dict[str, Row]:
+        """The row of each of the tensors (by canonical name) that have one."""
+        rows = {name: row for row in self.rows for name in row.names}
+        patterns = ((name, re.sub(r"\.\d+\.", LAYER, name, count=1)) for name in names)
+        found = {name: rows.get(name, rows.get(pattern)) for name, pattern in patterns}
+        return {name: row for name, row in found.items() if row is not None}
+
 
 def linear(torch: str, ours: str, *, bias: bool = True) -> tuple[Row, ...]:
     """Rows of a linear layer."""
     kernel = Row(f"{torch}.weight", f"{ours}.kernel", LINEAR)
     return (kernel, Row(f"{torch}.bias", f"{ours}.bias")) if bias else (kernel,)
+
+
+def joined_linear(torch: Sequence[str], ours: str) -> tuple[Row, ...]:
+    """Rows of linear layers that PyTorch keeps apart and we keep as one, output after output."""
+    weights, biases = (tuple(f"{name}.{kind}" for name in torch) for kind in ("weight", "bias"))
+    return Row(weights, f"{ours}.kernel", LINEAR), Row(biases, f"{ours}.bias")
 
 
 def layer_norm(torch: str, ours: str) -> tuple[Row, ...]:
@@ -117,11 +156,14 @@ def clip_block(torch: str, ours: str) -> tuple[Row, ...]:
 
 def from_torch(
     table: Table,
-    state: Mapping[str, np.ndarray],
+    state: State,
     expected: Mapping[str, Shape],
     source: str = "the checkpoint",
 ) -> Parameters:
     """PyTorch's state as our parameters, in float32.
+
+    Nothing is read before all names and shapes are known to fit, and then tensor by tensor: of a
+    state whose tensors are read on demand, one at a time is in memory.
 
     Args:
         table: names of the model.
@@ -132,37 +174,23 @@ def from_torch(
     Raises:
         UserError: parameters are missing, not expected or of the wrong shape; all of them at once.
     """
-    state = {_canonical(table, name): array for name, array in state.items()}
+    state = {table.canonical(name): array for name, array in state.items()}
     missing, misshapen, used = [], [], set()
-    parameters = {}
     for ours, shape in expected.items():
         row = table.row(ours)
-        layer_shape = _torch_shape(row, shape)
-        arrays = []
-        for name in _torch_names(row, shape):
+        for name in (name for pieces in _torch_names(row, shape) for name in pieces):
             used.add(name)
             if name not in state:
                 missing.append(name)
-            elif state[name].shape != layer_shape:
+            elif tuple(state[name].shape) != (should := _piece_shape(row, shape)):
                 found = list(state[name].shape)
-                misshapen.append(f"{name} is {found} and should be {list(layer_shape)}")
-            else:
-                arrays.append(row.transform.from_torch(np.asarray(state[name], np.float32)))
-        # Copies: the caller's arrays may change under us.
-        if STACKED in ours and len(arrays) == shape[0]:
-            parameters[ours] = jnp.array(np.stack(arrays))
-        elif STACKED not in ours and arrays:
-            parameters[ours] = jnp.array(arrays[0])
-    unexpected = [
-        name
-        for name in state
-        if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in table.unused)
-    ]
+                misshapen.append(f"{name} is {found} and should be {list(should)}")
+    unexpected = [name for name in state if name not in used and not table.ignores(name)]
     if missing or unexpected or misshapen:
         raise UserError(
             f"{source} does not hold this model's parameters: "
             + "; ".join(
-                f"{len(found)} {what}: {_listing(found)}"
+                f"{len(found)} {what}: {listing(found)}"
                 for what, found in (
                     ("missing", missing),
                     ("not expected", unexpected),
@@ -172,39 +200,111 @@ def from_torch(
             )
             + ". Give a file that was saved from this model, or a config that fits the file."
         )
-    return parameters
+    return {
+        # A copy: the caller's arrays may change under us.
+        ours: jnp.array(_read(table.row(ours), state, shape))
+        for ours, shape in expected.items()
+    }
 
 
-def to_torch(table: Table, parameters: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+def to_torch(table: Table, parameters: State) -> dict[str, np.ndarray]:
     """Our parameters as PyTorch's state, in float32; the inverse of `from_torch`."""
     state = {}
     for ours, value in parameters.items():
         row, value = table.row(ours), np.asarray(value, np.float32)
-        arrays = value if STACKED in ours else [value]
-        for name, array in zip(_torch_names(row, value.shape), arrays, strict=True):
-            state[name] = np.array(row.transform.to_torch(array), order="C")
+        arrays = value if row.stacked else [value]
+        for names, array in zip(_torch_names(row, value.shape), arrays, strict=True):
+            joined = row.transform.to_torch(array)
+            pieces = [joined] if len(names) == 1 else np.split(joined, len(names))
+            for name, piece in zip(names, pieces, strict=True):
+                state[name] = np.array(piece, order="C")
     return state
 
 
-def _canonical(table: Table, name: str) -> str:
-    name = name.removeprefix("module.")
-    for old, new in table.renamed.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+def shapes(table: Table, state: State) -> dict[str, Shape]:
+    """Shapes of the parameters that a state holds, for when nothing else says them.
+
+    A stack is as deep as its deepest tensor says. A row of which a tensor is missing has a shape
+    too, for `from_torch` to name what is missing.
+
+    Args:
+        table: names of the model; every row is looked for.
+        state: arrays by PyTorch's names.
+    """
+    state = {table.canonical(name): array for name, array in state.items()}
+    depths: dict[str, int] = {}
+    for name, row in table.holders(state).items():
+        if row.stacked:
+            stack = _stack(row)
+            layer = int(re.search(r"\.(\d+)\.", name)[1])
+            depths[stack] = max(depths.get(stack, 0), layer + 1)
+    result = {}
+    for row in table.rows:
+        leading = (depths.get(_stack(row), 1),) if row.stacked else ()
+        tensors = [
+            [state[name] for name in pieces if name in state]
+            for pieces in _torch_names(row, leading)
+        ]
+        whole = next((found for found in tensors if len(found) == len(row.names)), None)
+        if whole is None:
+            result[row.ours] = leading
+            continue
+        first, *rest = whole[0].shape or (None,)
+        joined = () if first is None else (len(whole) * first, *rest)
+        blank = np.broadcast_to(np.float32(0), joined)
+        try:
+            result[row.ours] = (*leading, *row.transform.from_torch(blank).shape)
+        except (ValueError, IndexError):  # a tensor of too few axes; it will not fit
+            result[row.ours] = leading
+    return result
 
 
-def _torch_names(row: Row, shape: Shape) -> Iterable[str]:
-    if STACKED not in row.ours:
-        return [row.torch]
-    return [row.torch.replace(LAYER, f".{layer}.") for layer in range(shape[0])]
+def torch_names(table: Table, ours: str, shape: Shape) -> list[tuple[str, ...]]:
+    """PyTorch's names of one of our parameters: the tensors joined in each layer, by layer."""
+    return _torch_names(table.row(ours), shape)
+
+
+def dtype(name: str) -> np.dtype:
+    """NumPy's dtype of a name such as "float16"; "bfloat16" too."""
+    return np.dtype(getattr(jnp, name))
+
+
+def listing(names: Collection[str]) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(list(names)[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def _stack(row: Row) -> str:
+    return row.ours.split(STACKED)[0]
+
+
+def _torch_names(row: Row, shape: Shape) -> list[tuple[str, ...]]:
+    if not row.stacked:
+        return [row.names]
+    return [
+        tuple(name.replace(LAYER, f".{layer}.") for name in row.names) for layer in range(shape[0])
+    ]
 
 
 def _torch_shape(row: Row, shape: Shape) -> Shape:
     """Shape of PyTorch's tensor (of one layer), by sending an array without contents back."""
-    layer = shape[1:] if STACKED in row.ours else shape
+    layer = shape[1:] if row.stacked else shape
     return row.transform.to_torch(np.broadcast_to(np.float32(0), layer)).shape
 
 
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+def _piece_shape(row: Row, shape: Shape) -> Shape:
+    """Shape of each of the tensors that are joined in a row."""
+    try:
+        joined = _torch_shape(row, shape)
+    except (ValueError, IndexError):  # a shape that no tensor transforms to
+        return (-1,)
+    return joined if len(row.names) == 1 else (joined[0] // len(row.names), *joined[1:])
+
+
+def _read(row: Row, state: State, shape: Shape) -> np.ndarray:
+    result = np.empty(shape, np.float32)
+    for layer, names in enumerate(_torch_names(row, shape)):
+        pieces = [np.asarray(state[name], np.float32) for name in names]
+        joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        result[layer if row.stacked else ...] = row.transform.from_torch(joined)
+    return result

@@ -11,7 +11,13 @@ from save_jax.models.save import SAVEConfig
 from save_jax.weights import ast, clip, save, tables
 from tests import reference, small
 
-TABLES = {"clip": clip.TABLE, "ast": ast.TABLE, "save": save.TABLE}
+TABLES = {
+    "clip": clip.TABLE,
+    "clip, Hugging Face": clip.HUGGING_FACE,
+    "ast": ast.TABLE,
+    "ast, Hugging Face": ast.HUGGING_FACE,
+    "save": save.TABLE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +60,20 @@ def test_the_full_size_model_has_the_references_names_and_shapes():
     for name, value in parameters.items():
         row = save.TABLE.row(name)
         shape = tables._torch_shape(row, value.shape)
-        ours |= dict.fromkeys(tables._torch_names(row, value.shape), shape)
+        names = tables.torch_names(save.TABLE, name, value.shape)
+        ours |= dict.fromkeys((only for (only,) in names), shape)
     assert ours == {name: tuple(value.shape) for name, value in theirs.items()}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_one_to_one(name):
     rows = TABLES[name].rows
-    assert len({row.torch for row in rows}) == len({row.ours for row in rows}) == len(rows)
+    theirs = [name for row in rows for name in row.names]
+    assert len(set(theirs)) == len(theirs)
+    assert len({row.ours for row in rows}) == len(rows)
     for row in rows:
-        assert (".*." in row.torch) == (".layer." in row.ours), row
+        for theirs in row.names:
+            assert (".*." in theirs) == (".layer." in row.ours), row
 
 
 def test_prefixes_and_unused_names_are_ignored(state, expected):

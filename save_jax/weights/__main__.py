@@ -1,0 +1,187 @@
+"""Weights in and out, without training.
+
+python -m save_jax.weights import SRC [SRC …] --out=DIR [--config=FILE | --clip=NAME --ast=NAME]
+python -m save_jax.weights export DIR --format=save-pytorch|safetensors --out=FILE
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from save_jax import checkpoint, parameters
+from save_jax import config as configuration
+from save_jax.errors import UserError
+from save_jax.models import ast, clip
+from save_jax.models.save import SAVE, SAVEConfig
+from save_jax.weights import export, loading
+from save_jax.weights.sources import FACTS, OURS, open_source
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}\n{self.format_usage()}".rstrip())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m save_jax.weights", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    imports = commands.add_parser(
+        "import",
+        help="write a checkpoint of ours that --config.init_from reads",
+        description="Reads CLIP, AST, SAVE, AVIGATE or CLIP4Clip weights of any form. The "
+        "checkpoint holds what the sources hold, in float32, and no more.",
+    )
+    imports.add_argument("source", nargs="+", help="path or hub id; clip=… or ast=… takes a part")
+    imports.add_argument("--config", help="config file of the model that the sources must fit")
+    imports.add_argument("--clip", help=f"CLIP that they must fit: {', '.join(clip.VARIANTS)}")
+    imports.add_argument("--ast", help=f"AST that they must fit: {', '.join(ast.VARIANTS)}")
+    imports.add_argument(
+        "--trust_archive",
+        action="store_true",
+        help="read a TorchScript archive that is none of OpenAI's (its code never runs)",
+    )
+
+    exports = commands.add_parser(
+        "export",
+        help="write a checkpoint as one file",
+        description="save-pytorch: torch.save of a state dictionary with the reference's names. "
+        "safetensors: our own names, float32.",
+    )
+    exports.add_argument("source", help="workdir or checkpoint; any other source works too")
+    exports.add_argument("--format", required=True, choices=export.FORMATS)
+    exports.add_argument(
+        "--dtype",
+        default=export.DTYPES[0],
+        choices=export.DTYPES,
+        help="of save-pytorch. lossless: float16 where the imported file or the reference has it "
+        "and nothing is rounded; reference: float16 wherever the reference has it",
+    )
+    exports.add_argument("--trust_archive", action="store_true", help=argparse.SUPPRESS)
+    for command in (imports, exports):
+        command.add_argument("--out", required=True, type=pathlib.Path)
+        command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    return parser
+
+
+@contextlib.contextmanager
+def _appearing_at_once(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside `out` to write to, renamed to it when all is written and removed if not."""
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+    """Raises UserError where writing would destroy what was not asked to be destroyed."""
+    empty = out.is_dir() and not any(out.iterdir())
+    if not out.exists() or empty:
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists: give another --out, or --overwrite")
+    if out.is_dir() and not (out / FACTS).exists():
+        raise UserError(f"{out} is a directory that no import has made: give another --out")
+
+
+def _config(path: str) -> dict[str, Any]:
+    """The values of a config file, "FILE.py" or "FILE.py:VARIANT"."""
+    file, _, variant = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config", file)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(*([variant] if variant else [])).to_dict()
+    except (AttributeError, ImportError, OSError, SyntaxError, TypeError) as error:
+        raise UserError(f"--config={path} is not a config file: {error}") from error
+
+
+def _model(args: argparse.Namespace) -> SAVEConfig | None:
+    if args.config:
+        if args.clip or args.ast:
+            raise UserError("--config says the sizes of CLIP and AST: leave --clip and --ast out")
+        return configuration.model_config(_config(args.config))
+    if not args.clip and not args.ast:
+        return None
+    sizes = {}
+    for kind, variants in (("clip", clip.VARIANTS), ("ast", ast.VARIANTS)):
+        if name := getattr(args, kind):
+            if name not in variants:
+                raise UserError(f"--{kind}={name}: expected one of {', '.join(variants)}")
+            sizes[kind] = variants[name]
+    return SAVEConfig(**sizes)
+
+
+def _import(args: argparse.Namespace) -> None:
+    _check_free(args.out, args.overwrite)
+    model = _model(args)
+    expected = None
+    if model is not None:
+        _, expected = parameters.split(nnx.eval_shape(lambda: SAVE(model, nnx.Rngs(params=0))))
+    loaded = loading.read(args.source, model, expected, trust_archive=args.trust_archive)
+    with _appearing_at_once(args.out) as temporary:
+        checkpoint.write_parameters(temporary, loaded.parameters)
+        facts = {"sources": args.source, "torch": loaded.names}
+        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    for note in loaded.notes:
+        print(note)
+    count = sum(value.size for value in loaded.parameters.values())
+    print(f"{args.out}: {count:,} parameters; use it with --config.init_from={args.out}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    _check_free(args.out, args.overwrite)
+    if args.out.is_dir():
+        raise UserError(f"--out={args.out} is a directory: expected a file's name")
+    source = open_source(args.source, trust_archive=args.trust_archive)
+    if source.format is OURS:
+        values, names = source.tensors, source.names
+    else:
+        loaded = loading.read(args.source, trust_archive=args.trust_archive)
+        values, names = loaded.parameters, loaded.names
+    with _appearing_at_once(args.out) as temporary:
+        kept = export.write(temporary, values, args.format, args.dtype, names)
+    print(f"{args.out}: {len(values)} parameters as {args.format}")
+    if kept:
+        print(
+            f"{kept} tensors are float32 where the reference has float16, which would round them; "
+            "--dtype=reference rounds"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, or 2 for a mistake of the user's."""
+    try:
+        args = _parser().parse_args(argv)
+        # Nothing is computed: leave accelerators to others.
+        jax.config.update("jax_platforms", "cpu")
+        _import(args) if args.command == "import" else _export(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
