@@ -46,6 +46,8 @@ TEST = [
     "ruff>=0.14,<1",
     "beartype>=0.20,<1",  # checks the shapes in signatures during tests
     "hypothesis>=6.100,<7",
+    # Another implementation of the tokenizer, to compare with; it has no build for 3.13.
+    "instant-clip-tokenizer>=0.1.1,<0.2; python_version < '3.13'",
     "safetensors>=0.5,<1",
     # The reference implementation of the tests, and transformers' models. This very version,
     # because a newer one brings gigabytes of CUDA where only a CPU is needed.

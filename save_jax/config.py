@@ -74,6 +74,16 @@ def model_config(config: Mapping[str, Any]) -> SAVEConfig:
     return model
 
 
+def check_run(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a mode that does not exist, or a count out of its range."""
+    if config["mode"] not in ("train", "evaluate"):
+        raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
+    least = {"epochs": 1, "steps": 0, "eval_every": 1, "checkpoint_every": 0, "log_every": 1}
+    for key, minimum in least.items():
+        if config[key] < minimum:
+            raise UserError(f"config.{key} = {config[key]}: expected at least {minimum}")
+
+
 def loss_config(config: Mapping[str, Any]) -> LossConfig:
     """Constants of the objective.
 

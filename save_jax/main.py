@@ -197,12 +197,13 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
     Raises:
         UserError, NonFiniteLossError: see there.
     """
-    if config["mode"] not in ("train", "evaluate"):
-        raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
+    configuration.check_run(config)
     if config["dtype"] == "float32":
         # Without this, a GPU multiplies float32 in TF32 and a TPU in bfloat16.
         jax.config.update("jax_default_matmul_precision", "highest")
+    # Every mistake in the config shows here, before any long work.
     model, loss = configuration.model_config(config), configuration.loss_config(config)
+    configuration.optimizer_config(config, total_steps=1)
     mesh = sharding.make_mesh(config["mesh"])
     for key in ("batch_size", "eval_batch_size"):
         sharding.check_batch_size(key, config[key], mesh)

@@ -32,6 +32,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--nope=1"], "Unknown command line flag 'nope'"),
         (["stray"], "unexpected arguments: stray"),
         (["--config.mode=dream"], "expected 'train' or 'evaluate'"),
+        (["--config.log_every=0"], "config.log_every = 0: expected at least 1"),
         (["--config.dtype=float8"], "expected one of float32, bfloat16"),
         (["--config.mesh.data=3"], "does not fit the 8 devices"),
         (["--config.batch_size=12"], "multiple of 8, say 16"),
