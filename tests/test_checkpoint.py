@@ -1,0 +1,81 @@
+"""Checkpoints: found, refused when foreign or incomplete, read back as they were."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from save_jax import checkpoint, train
+from save_jax.errors import UserError
+from tests import synthetic
+from tests.training import RATES, mesh_of, program
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir with checkpoints 3 and 7 of the synthetic model, 7 with other parameters."""
+    workdir = tmp_path_factory.mktemp("run")
+    state = program(RATES, 1)[1]
+    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints.save(state, 3, None)
+    later = state._replace(
+        step=state.step + 7, trained=jax.tree.map(lambda a: a + 1, state.trained)
+    )
+    checkpoints.save(later, 7, {"SumR": 1.0})
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir
+
+
+def everything(state) -> dict:
+    return {**state.trained, **state.frozen}
+
+
+def test_a_workdir_means_its_latest_checkpoint(workdir):
+    assert checkpoint.find(workdir).name == "7"
+    assert checkpoint.find(workdir / "checkpoints" / "3").name == "3"
+    assert checkpoint.is_ours(workdir) and checkpoint.is_ours(workdir / "checkpoints" / "3")
+
+
+def test_parameters_come_back_as_they_were(workdir):
+    state = program(RATES, 1)[1]
+    step, loaded = checkpoint.load_parameters(workdir, everything(state))
+    assert step == 7
+    for name, value in state.trained.items():
+        np.testing.assert_array_equal(loaded[name], value + 1)
+    for name, value in state.frozen.items():
+        np.testing.assert_array_equal(loaded[name], value)
+
+
+def test_no_checkpoint_is_said_with_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match=r"expected a workdir with checkpoints/STEP"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.find(tmp_path / "nowhere")
+    assert not checkpoint.is_ours(tmp_path)
+
+
+def test_an_incomplete_write_is_not_a_checkpoint(workdir, tmp_path):
+    (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio_queries": 5}, r"2 misshapen: audio_resampler.query_positions is \(4, 16\)"),
+        ({"speech_weight": 0.0}, r"unexpected: speech_fusion"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(workdir, change, message):
+    model = dataclasses.replace(synthetic.MODEL, **change)
+    _, other = train.create_state(model, RATES, 0, mesh_of(1))
+    for read in (
+        lambda: checkpoint.load_parameters(workdir, everything(other)),
+        lambda: checkpoint.Checkpoints(workdir).restore(7, other),
+    ):
+        with pytest.raises(UserError, match="another architecture") as refusal:
+            read()
+        assert refusal.match(message)
