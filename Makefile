@@ -1,9 +1,14 @@
 # make demo: SAVE and its two baselines, trained on clips that the demo makes itself.
+# TRANSCRIBE=1 make demo: the same, with what Whisper hears in the clips instead of their scripts.
 # make test: lint and every test. Each sets up its own environment in .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
-DEMO ?= runs/demo
+# Empty or 0: no. Whisper's model is an id, which is downloaded, or a directory.
+TRANSCRIBE ?=
+WHISPER ?= tiny.en
+HEARD = $(filter-out 0,$(TRANSCRIBE))
+DEMO ?= $(if $(HEARD),runs/demo_whisper,runs/demo)
 SEED ?= 0
 # Extra flags for the demo's three runs, say FLAGS=--config.steps=20 for a first look.
 FLAGS ?=
@@ -11,7 +16,7 @@ FLAGS ?=
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo transcribe test lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -21,15 +26,26 @@ $(VENV)/.prepare: setup.py | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[prepare]'
 	touch $@
 
+$(VENV)/.whisper: setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[prepare,whisper]'
+	touch $@ $(VENV)/.prepare
+
 $(VENV)/.test: setup.py | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.prepare
 
-demo: $(VENV)/.prepare
+# The sizes are those of configs/demo.py, which refuses others.
+transcribe: $(VENV)/.whisper
+	$(VENV)/bin/python -m data_pipelines.prepare demo --root=demo_data/corpus \
+	  --out=demo_data_whisper --transcripts=whisper --whisper=$(WHISPER) \
+	  --image_size=32 --max_frames=4 --fbank_frames=128
+
+demo: $(if $(HEARD),transcribe,$(VENV)/.prepare)
 	for model in clip4clip avigate save; do \
 	  echo "== $$model: $(DEMO)/seed$(SEED)/$$model" && \
 	  $(VENV)/bin/python -m save_jax.main --config=configs/demo.py:$$model \
-	    --workdir=$(DEMO)/seed$(SEED)/$$model --config.seed=$(SEED) $(FLAGS) || exit $$?; \
+	    --workdir=$(DEMO)/seed$(SEED)/$$model --config.seed=$(SEED) \
+	    $(if $(HEARD),--config.data.dir=demo_data_whisper) $(FLAGS) || exit $$?; \
 	done
 	$(VENV)/bin/python -m launch.compare $(DEMO)/seed$(SEED)/clip4clip \
 	  $(DEMO)/seed$(SEED)/avigate $(DEMO)/seed$(SEED)/save

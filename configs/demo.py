@@ -45,7 +45,7 @@ def get_config(model: str = "save") -> ConfigDict:
     # less, the gates start shut, and nothing that is said gets through in a few minutes.
     config.model.init_std = 0.06
     config.batch_size = 64
-    config.epochs = 6
+    config.epochs = 7
     config.checkpoint_every = 200
     # From scratch, everything learns; the reference's rates are for pretrained towers.
     config.optimizer.update(clip=1e-3, clip_stem=1e-3, ast=1e-3, ast_norm=1e-3, new=1e-3)

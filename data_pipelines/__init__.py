@@ -6,3 +6,7 @@ import os
 # products are of no use; announcing them, and its other greetings, would take up the screen.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# etils.epath reads this once: gs:// and s3:// are opened by fsspec even where there is TensorFlow,
+# which cannot read s3:// and must not be imported by the processes that read media.
+os.environ.setdefault("EPATH_USE_TF", "0")

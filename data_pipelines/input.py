@@ -9,14 +9,16 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
+from etils import epath
 
+from data_pipelines.local_copies import local_copies
+from data_pipelines.places import is_remote
 from data_pipelines.prepare import prepared_by
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.text import Tokenizer
@@ -27,6 +29,12 @@ from save_jax.errors import UserError
 # used before, that is decided already.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
+
+# Fields of a recipe that data_pipelines.prepare has no flag for.
+_NO_FLAGS = ("mel_bins", "teacher_size", "version")
+
+# (rows of clips, pairs or None) -> fields of a Batch, by name.
+Cached = Callable[[np.ndarray, np.ndarray | None], dict[str, np.ndarray | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +106,9 @@ def open_split(
     directory = version_directory(data_dir, dataset, variant, Recipe.version)
     if not (directory / "metadata.json").exists():
         flags = "".join(
-            f" --{field}={expected_recipe[field]}"
-            for field in ("image_size", "max_frames", "fbank_frames", "encoding")
-            if field in expected_recipe
+            f" --{field.name}={expected_recipe[field.name]}"
+            for field in dataclasses.fields(Recipe)
+            if field.name in expected_recipe and field.name not in _NO_FLAGS
         )
         raise UserError(
             f"expected {dataset} {variant} prepared in {data_dir}, did not find "
@@ -123,6 +131,15 @@ def open_split(
         has_audio=np.array([entry["has_audio"] for entry in index], bool),
         has_teacher=np.array([entry["has_teacher"] for entry in index], bool),
     )
+
+
+def records_sample(split: Split, count: int) -> list[bytes]:
+    """Reads up to `count` records as they are stored, evenly spread over the split."""
+    if not split.num_clips:
+        return []
+    records = array_record_data_source.ArrayRecordDataSource(split.record_paths)
+    rows = np.unique(np.linspace(0, split.num_clips - 1, count, dtype=int))
+    return [records[int(row)] for row in rows]
 
 
 def caption_table(split: Split) -> CaptionTable:
@@ -163,6 +180,8 @@ def train_batches(
     speech: bool,
     teacher: bool,
     tokenizer: Tokenizer,
+    frames: bool = True,
+    cached: Cached | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -183,6 +202,8 @@ def train_batches(
         speech: whether to give transcripts.
         teacher: whether to read the teacher's vectors.
         tokenizer: turns texts into ids.
+        frames: whether to read frames.
+        cached: gives the fields of a batch that come from elsewhere, and need not be read.
         process_index: which process this is.
         process_count: how many there are.
 
@@ -205,11 +226,13 @@ def train_batches(
 
     def batches() -> Iterator[Batch]:
         steps = range(start_step, total_steps)
-        read = _read(split, steps, lambda step: table.video_rows[pairs_of(step)], sound, teacher)
+        wanted = {"frames": frames, "sound": sound, "teacher": teacher}
+        read = _read(split, steps, lambda step: table.video_rows[pairs_of(step)], **wanted)
         for step, arrays in zip(steps, read, strict=True):
             pairs = pairs_of(step)
             rows = table.video_rows[pairs]
-            yield _batch(split, arrays, rows, caption_ids[pairs], transcript_ids, sound, teacher)
+            batch = _batch(split, arrays, rows, caption_ids[pairs], transcript_ids, sound, teacher)
+            yield batch._replace(**cached(rows, pairs)) if cached else batch
 
     return batches()
 
@@ -227,6 +250,10 @@ def clip_batches(
     sound: bool,
     speech: bool,
     tokenizer: Tokenizer,
+    teacher: bool = False,
+    frames: bool = True,
+    cached: Cached | None = None,
+    start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -242,6 +269,10 @@ def clip_batches(
         sound: whether to read filterbanks.
         speech: whether to give transcripts.
         tokenizer: turns texts into ids.
+        teacher: whether to read the teacher's vectors.
+        frames: whether to read frames.
+        cached: gives the fields of a batch that come from elsewhere, and need not be read.
+        start_step: the first batch; those before it cost nothing.
         process_index: which process this is.
         process_count: how many there are.
 
@@ -259,10 +290,12 @@ def clip_batches(
         return np.maximum(index_of(step), 0)
 
     def batches() -> Iterator[Batch]:
-        steps = range(-(-split.num_clips // batch_size))
-        read = _read(split, steps, rows_of, sound, teacher=False)
+        steps = range(start_step, -(-split.num_clips // batch_size))
+        read = _read(split, steps, rows_of, frames=frames, sound=sound, teacher=teacher)
         for step, arrays in zip(steps, read, strict=True):
-            batch = _batch(split, arrays, rows_of(step), None, transcript_ids, sound, teacher=False)
+            rows = rows_of(step)
+            batch = _batch(split, arrays, rows, None, transcript_ids, sound, teacher)
+            batch = batch._replace(**cached(rows, None)) if cached else batch
             yield batch._replace(index=index_of(step))
 
     return batches()
@@ -290,8 +323,8 @@ def _batch(
 ) -> Batch:
     """Adds to what was read of each row what is in memory already."""
     return Batch(
-        frames=arrays["frames"],
-        frame_mask=arrays["frame_mask"],
+        frames=arrays.get("frames"),
+        frame_mask=arrays.get("frame_mask"),
         caption_ids=caption_ids,
         transcript_ids=None if transcript_ids is None else transcript_ids[rows],
         fbank=arrays.get("fbank"),
@@ -307,6 +340,8 @@ def _read(
     split: Split,
     steps: range,
     rows_of: Callable[[int], np.ndarray],
+    *,
+    frames: bool,
     sound: bool,
     teacher: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -316,15 +351,19 @@ def _read(
         split: the clips.
         steps: the steps, contiguous.
         rows_of: the rows of a step's clips, as many for each step.
+        frames: whether to read frames.
         sound: whether to read filterbanks.
         teacher: whether to read the teacher's vectors.
     """
     if not steps:
         return
+    if not (frames or sound or teacher):
+        yield from ({} for _ in steps)
+        return
     records = array_record_data_source.ArrayRecordDataSource(split.record_paths)
 
     def read(step: np.int64) -> np.ndarray:
-        return np.array(records.__getitems__(rows_of(int(step)).tolist()), object)
+        return np.array([records[row] for row in rows_of(int(step))], object)
 
     def read_step(step: tf.Tensor) -> tf.Tensor:
         serialized = tf.numpy_function(read, [step], tf.string, stateful=False)
@@ -341,7 +380,9 @@ def _read(
         .prefetch(1)
         .unbatch()
         .map(
-            functools.partial(_parse, recipe=split.recipe, sound=sound, teacher=teacher),
+            functools.partial(
+                _parse, recipe=split.recipe, frames=frames, sound=sound, teacher=teacher
+            ),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         .batch(batch_size, drop_remainder=True)
@@ -352,10 +393,12 @@ def _read(
 
 
 def _parse(
-    serialized: tf.Tensor, *, recipe: Recipe, sound: bool, teacher: bool
+    serialized: tf.Tensor, *, recipe: Recipe, frames: bool, sound: bool, teacher: bool
 ) -> dict[str, tf.Tensor]:
-    """Decodes those features of a record (datasets/builder.py) that are wanted."""
-    wanted = {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
+    """Decodes those features of a record (storage.py) that are wanted."""
+    wanted = {}
+    if frames:
+        wanted["frames"] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
     if sound:
         wanted["fbank"] = tf.io.FixedLenFeature([], tf.string)
     if teacher:
@@ -363,16 +406,10 @@ def _parse(
         wanted |= {"teacher_video": vector, "teacher_audio": vector}
     record = tf.io.parse_single_example(serialized, wanted)
 
-    size, most = recipe.image_size, recipe.max_frames
-    frames = tf.map_fn(
-        functools.partial(_decode_frame, encoding=recipe.encoding),
-        record["frames"],
-        fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
-    )
-    count = tf.shape(frames)[0]
-    frames = tf.pad(frames, [[0, most - count], [0, 0], [0, 0], [0, 0]])
-    record["frames"] = tf.ensure_shape(frames, [most, size, size, 3])
-    record["frame_mask"] = tf.range(most) < count
+    if frames:
+        count = tf.size(record["frames"])
+        record["frames"] = _decode_frames(record["frames"], recipe)
+        record["frame_mask"] = tf.range(recipe.max_frames) < count
     if sound:
         record["fbank"] = tf.reshape(
             tf.io.decode_raw(record["fbank"], tf.float16), [recipe.fbank_frames, recipe.mel_bins]
@@ -380,14 +417,25 @@ def _parse(
     return record
 
 
-def _decode_frame(encoded: tf.Tensor, encoding: str) -> tf.Tensor:
-    if encoding == "png":
-        return tf.io.decode_png(encoded, channels=3)
-    # The default method is allowed to be an approximation.
-    return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+def _decode_frames(stored: tf.Tensor, recipe: Recipe) -> tf.Tensor:
+    """Decodes the frames of a clip, string [frames], and adds black ones up to max_frames."""
+    size, most = recipe.image_size, recipe.max_frames
+    missing = most - tf.size(stored)
+    if recipe.encoding == "raw":
+        absent = tf.zeros([missing * size * size * 3], tf.uint8)
+        joined = tf.io.decode_raw(tf.strings.reduce_join(stored), tf.uint8)
+        return tf.reshape(tf.concat([joined, absent], 0), [most, size, size, 3])
+    frames = tf.map_fn(
+        # The default method is allowed to be an approximation.
+        functools.partial(tf.io.decode_jpeg, channels=3, dct_method="INTEGER_ACCURATE"),
+        stored,
+        fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
+    )
+    frames = tf.pad(frames, [[0, missing], [0, 0], [0, 0], [0, 0]])
+    return tf.ensure_shape(frames, [most, size, size, 3])
 
 
-def _read_index(directory: pathlib.Path, split: str) -> list[dict]:
+def _read_index(directory: epath.Path, split: str) -> list[dict]:
     path = directory / f"index-{split}.json"
     if not path.exists():
         there = sorted(p.stem.removeprefix("index-") for p in directory.glob("index-*.json"))
@@ -404,15 +452,18 @@ def _read_index(directory: pathlib.Path, split: str) -> list[dict]:
         ) from error
 
 
-def _record_paths(directory: pathlib.Path, split: str) -> list[str]:
-    """The files of a split's records, in order; UserError naming those that are not there."""
+def _record_paths(directory: epath.Path, split: str) -> list[str]:
+    """The files of a split's records, in order; UserError naming those that are not there.
+
+    array_record reads local files only, and at random: of remote ones, the paths are of copies.
+    """
     info = tfds.builder_from_directory(directory).info.splits[split]
     paths = [os.fspath(path) for path in info.filepaths]
-    absent = [path for path in paths if not os.path.exists(path)]
+    absent = [path for path in paths if not epath.Path(path).exists()]
     if absent:
         raise UserError(
             f"{directory}: expected {len(paths)} files of records, did not find\n"
             + "\n".join(f"  {path}" for path in absent)
             + f"\nCopy them there too, or remove {directory} and prepare again."
         )
-    return paths
+    return local_copies(paths) if is_remote(directory) else paths

@@ -1,16 +1,22 @@
 """Video files in, small square frames out (spec section 1, row "frames")."""
 
+import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import av
 import av.stream
 import numpy as np
-from PIL import Image
+from av.video.reformatter import VideoReformatter
+from etils import epath
+from PIL import Image, ImageOps
 
+from data_pipelines.places import is_remote
 from data_pipelines.recipe import Recipe
+from save_jax.errors import UserError
 
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20
@@ -18,21 +24,36 @@ _CANDIDATES_IN_MEMORY = 64 * 2**20
 # Beyond this ratio of sides, the part that a crop would throw away is never made.
 _STRIP = 32
 
+# A track that ends this much before its file says it does has been cut: nothing of a second can be
+# missed by less, and what files say of themselves is not exact.
+_CUT_SECONDS = 1.0
+
+# What a folder of frames may hold beside them is left alone.
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+# Told, in words, what is wrong with a file that can be read in part.
+Damage = Callable[[str], None]
+
 
 class MediaError(Exception):
     """A file that cannot be read as what it should be; the message is one line, without a path."""
 
 
-def decode_frames(path: str | os.PathLike, recipe: Recipe) -> np.ndarray:
-    """Decodes one frame a second, upright, resized and cropped (spec section 1).
+def decode_frames(
+    path: str | os.PathLike, recipe: Recipe, damage: Damage = lambda reason: None
+) -> np.ndarray:
+    """Decodes some frames a second, upright, resized and cropped (spec section 1).
 
     The file is decoded once, front to back, without seeking: seeking lands on the wrong frame in
     variable-rate and damaged files. A damaged file gives the frames that decode.
 
     Args:
-        path: the video file.
-        recipe: its `image_size` is the height and width of a frame, its `max_frames` the most
-            frames kept; of more, evenly spaced ones are.
+        path: the video file, or a folder of images, each of which is a candidate, in the order of
+            their names.
+        recipe: its `frames_per_second` says how many candidates there are, its `image_size` is the
+            height and width of a frame, its `max_frames` the most frames kept; of more, evenly
+            spaced ones are.
+        damage: called for what does not decode of a file that otherwise does.
 
     Returns:
         uint8 [frames, image_size, image_size, 3], RGB, 1 <= frames <= max_frames.
@@ -44,21 +65,50 @@ def decode_frames(path: str | os.PathLike, recipe: Recipe) -> np.ndarray:
     # How many candidates there are is known only at the end, and so is which ones are kept.
     with tempfile.SpooledTemporaryFile(max_size=_CANDIDATES_IN_MEMORY) as candidates:
         count = 0
-        for image in _one_a_second(path):
-            candidates.write(fit(image, size).tobytes())
+        for image in _candidates(path, recipe.frames_per_second, damage):
+            candidates.write(fit(image, size))
             count += 1
         if count == 0:
             raise MediaError("no frame of its video track can be decoded")
-        frames = []
-        for position in keep_evenly(count, recipe.max_frames):
-            candidates.seek(position * size * size * 3)
-            frames.append(np.frombuffer(candidates.read(size * size * 3), np.uint8))
-    return np.stack(frames).reshape(-1, size, size, 3)
+        frames = np.empty((min(count, recipe.max_frames), size, size, 3), np.uint8)
+        for frame, position in zip(frames, keep_evenly(count, recipe.max_frames), strict=True):
+            candidates.seek(position * frame.nbytes)
+            frame.data.cast("B")[:] = candidates.read(frame.nbytes)
+    return frames
 
 
-def frame_step(fps: float) -> int:
+def decode_evenly(path: str | os.PathLike, count: int, size: int) -> np.ndarray:
+    """Decodes `count` frames at even distances, from the first frame of a video to its last.
+
+    The file is decoded once, without seeking, as it says itself how many frames it has; where that
+    turns out wrong, it is decoded once more. A video of fewer than `count` frames repeats some.
+
+    Args:
+        path: the video file, or a folder of images.
+        count: frames wanted.
+        size: height and width of a frame in pixels; see `fit`.
+
+    Returns:
+        uint8 [count, size, size, 3], RGB.
+
+    Raises:
+        MediaError: no frame can be decoded.
+    """
+    expected = max(_declared_frames(path), 1)
+    for _ in range(2):
+        positions = np.linspace(0, expected - 1, count).astype(int).tolist()
+        frames, decoded = _decode_at(path, set(positions), size)
+        if decoded == expected:
+            return np.stack([frames[position] for position in positions])
+        if decoded == 0:
+            raise MediaError("no frame of its video track can be decoded")
+        expected = decoded
+    raise MediaError("it changes while it is read: its frames were counted and are others now")
+
+
+def frame_step(fps: float, frames_per_second: int = 1) -> int:
     """The distance, in decoded frames, of one candidate frame from the next."""
-    return max(1, int(fps))
+    return max(1, int(fps / frames_per_second))
 
 
 def keep_evenly(count: int, most: int) -> list[int]:
@@ -92,63 +142,215 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
 
 def encode_frame(frame: np.ndarray, encoding: str) -> bytes:
-    """Compresses a frame, uint8 [height, width, 3], as "jpeg" (quality 95) or "png" (lossless)."""
+    """Stores a frame, uint8 [height, width, 3], as "jpeg" (quality 95) or "raw" (its bytes)."""
+    if encoding == "raw":
+        return frame.tobytes()
+    if encoding != "jpeg":
+        raise ValueError(f"expected encoding 'jpeg' or 'raw', found {encoding!r}")
     buffer = io.BytesIO()
-    image = Image.fromarray(frame)
-    if encoding == "jpeg":
-        # Colour at full resolution: at 224 pixels, halving it costs more than it saves.
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
-    elif encoding == "png":
-        image.save(buffer, "PNG")
-    else:
-        raise ValueError(f"expected encoding 'jpeg' or 'png', found {encoding!r}")
+    # Colour at full resolution: at 224 pixels, halving it costs more than it saves.
+    Image.fromarray(frame).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def open_media(path: str | os.PathLike) -> av.container.InputContainer:
-    """Opens a media file; MediaError with the reason when that fails."""
-    try:
-        if os.path.getsize(path) == 0:
-            raise MediaError("the file is empty (0 bytes)")
-        return av.open(os.fspath(path))
-    except FileNotFoundError:
-        raise MediaError("the file does not exist") from None
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"not a media file that FFmpeg can read ({_reason(error)})") from error
+@contextlib.contextmanager
+def open_binary(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a file, here or remote, for reading bytes.
+
+    Raises:
+        UserError: this installation cannot reach that kind of store.
+    """
+    with _reaching(path):
+        file = epath.Path(path).open("rb")
+    with file:
+        yield file
 
 
-def decodable(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator:
-    """Yields the frames of a stream that decode, in order, stepping over what does not."""
+@contextlib.contextmanager
+def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
+    """Opens a media file, here or remote; MediaError with the reason when that fails."""
+    with contextlib.ExitStack() as opened:
+        try:
+            if is_remote(path):
+                # FFmpeg knows no object stores, and would take some of their names for its own.
+                source = opened.enter_context(open_binary(path))
+                size = source.seek(0, os.SEEK_END)
+                source.seek(0)
+            else:
+                source, size = os.fspath(path), os.path.getsize(path)
+            if size == 0:
+                raise MediaError("the file is empty (0 bytes)")
+            container = opened.enter_context(av.open(source))
+        except FileNotFoundError:
+            raise MediaError("the file does not exist") from None
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(f"not a media file that FFmpeg can read ({_reason(error)})") from error
+        yield container
+
+
+def decodable(
+    container: av.container.InputContainer,
+    stream: av.stream.Stream,
+    damage: Damage = lambda reason: None,
+) -> Iterator:
+    """Yields the frames of a stream that decode, in order, stepping over what does not.
+
+    Args:
+        container: the open file.
+        stream: one of its streams.
+        damage: called at the end when something did not decode, or the stream was cut short.
+    """
     packets = container.demux(stream)
-    damaged = False
-    while not damaged:
+    failed, broken, end = 0, "", 0
+    while not broken:
         try:
             packet = next(packets)
         except StopIteration:  # the last packet was the empty one that empties the decoder
-            return
-        except av.error.FFmpegError:
+            break
+        except av.error.FFmpegError as error:
             # The container ends here, but the decoder may still hold frames: None empties it.
-            packet, damaged = None, True
+            packet, broken = None, _reason(error)
         try:
             frames = stream.codec_context.decode(packet)
         except av.error.FFmpegError:
-            continue  # a damaged packet spoils only itself
-        yield from frames
+            failed += 1  # a damaged packet spoils only itself
+            continue
+        for frame in frames:
+            if frame.pts is not None:
+                end = max(end, frame.pts + frame.duration)
+            yield frame
+    seconds = float(end * stream.time_base)
+    if broken:
+        damage(f"its {stream.type} track breaks off after {seconds:.1f} s ({broken})")
+    elif seconds + _CUT_SECONDS < (declared := _declared_end(container, stream)):
+        damage(f"its {stream.type} track breaks off after {seconds:.1f} of {declared:.1f} s")
+    elif failed:
+        damage(f"{failed} packets of its {stream.type} track are damaged")
 
 
-def _one_a_second(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Yields the frames at index s·max(1, int(fps)) for s = 0, 1, …, upright, at full size."""
+def _declared_end(container: av.container.InputContainer, stream: av.stream.Stream) -> float:
+    """When a stream ends, in seconds, as the file says; 0 when it does not say."""
+    if container.format.name == "avi":  # whose duration FFmpeg works out from what there is
+        rate = stream.average_rate if stream.type == "video" else None
+        return float(stream.frames / rate) if rate else 0.0
+    if stream.duration is not None:
+        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    # Matroska says it in a tag, hours:minutes:seconds.
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    try:
+        minutes, seconds = rest.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _candidates(
+    path: str | os.PathLike, frames_per_second: int, damage: Damage
+) -> Iterator[Image.Image]:
+    """Yields the images that may be kept, in order, upright, at full size."""
+    if _is_folder(path):
+        yield from _images(epath.Path(path), damage)
+    else:
+        yield from _sampled(path, frames_per_second, damage)
+
+
+def _images(folder: epath.Path, damage: Damage) -> Iterator[Image.Image]:
+    """Yields the images of a folder that can be read, in the order of their names."""
+    for name in _image_names(folder):
+        try:
+            with open_binary(folder / name) as file, Image.open(file) as image:
+                yield ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            damage(f"{name} is not an image that can be read ({_reason(error)})")
+
+
+def _image_names(folder: epath.Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir())
+    names = [name for name in names if name.lower().endswith(_IMAGES) and name[0] != "."]
+    if not names:
+        raise MediaError(f"a folder without images (*{', *'.join(_IMAGES)})")
+    return names
+
+
+def _sampled(
+    path: str | os.PathLike, frames_per_second: int, damage: Damage
+) -> Iterator[Image.Image]:
+    """Yields the frames of a video at index s·max(1, int(fps/frames_per_second)), s = 0, 1, …"""
     with open_media(path) as container:
         stream = _video_stream(container)
         # Preparation runs one process a core; threads in each would only get in the way.
         stream.codec_context.thread_count = 1
-        step = frame_step(float(stream.guessed_rate or stream.average_rate or 1))
-        for index, frame in enumerate(decodable(container, stream)):
+        # The average is what OpenCV calls the rate, and so what the reference goes by.
+        step = frame_step(float(stream.average_rate or stream.guessed_rate or 1), frames_per_second)
+        converter = VideoReformatter()  # a frame's own would be set up again for each frame
+        for index, frame in enumerate(decodable(container, stream, damage)):
             if index % step:
                 continue
-            pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
-            quarter_turns = round(frame.rotation / 90) % 4
-            yield Image.fromarray(np.ascontiguousarray(np.rot90(pixels, quarter_turns)))
+            yield _upright(frame, converter)
+
+
+def _upright(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
+    """A decoded frame as a picture, turned the way a player would show it."""
+    converted = converter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
+    quarter_turns = round(frame.rotation / 90) % 4
+    pixels = np.rot90(converted.to_ndarray(), quarter_turns)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _decode_at(
+    path: str | os.PathLike, positions: set[int], size: int
+) -> tuple[dict[int, np.ndarray], int]:
+    """The frames at these positions, as `fit` makes them, and how many frames decode in all."""
+    frames, decoded = {}, 0
+    if _is_folder(path):
+        for image in _images(epath.Path(path), lambda reason: None):
+            if decoded in positions:
+                frames[decoded] = fit(image, size)
+            decoded += 1
+        return frames, decoded
+    with open_media(path) as container:
+        stream = _video_stream(container)
+        stream.codec_context.thread_count = 1  # as above
+        converter = VideoReformatter()
+        for frame in decodable(container, stream):
+            if decoded in positions:
+                frames[decoded] = fit(_upright(frame, converter), size)
+            decoded += 1
+    return frames, decoded
+
+
+def _declared_frames(path: str | os.PathLike) -> int:
+    """How many frames there should be, without decoding any."""
+    if _is_folder(path):
+        return len(_image_names(epath.Path(path)))
+    with open_media(path) as container:
+        stream = _video_stream(container)
+        if stream.frames:
+            return stream.frames
+        packets = 0
+        try:
+            for packet in container.demux(stream):
+                packets += packet.size > 0
+        except av.error.FFmpegError:
+            pass  # damaged there: decoding will tell what there is
+        return packets
+
+
+def _is_folder(path: str | os.PathLike) -> bool:
+    with _reaching(path):
+        return epath.Path(path).is_dir()
+
+
+@contextlib.contextmanager
+def _reaching(path: str | os.PathLike) -> Iterator[None]:
+    """Turns the absence of what a kind of store needs into a UserError."""
+    try:
+        yield
+    except (ImportError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: expected a path that can be opened, found that its kind of store needs a "
+            f"package that is not installed ({error}). Install gcsfs for gs://, s3fs for s3://."
+        ) from error
 
 
 def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:
@@ -157,7 +359,9 @@ def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     kinds = sorted({stream.type for stream in container.streams})
-    raise MediaError(f"it has no video track (only: {', '.join(kinds) or 'nothing'})")
+    if not kinds:
+        raise MediaError("no track can be found in it: the file is not complete")
+    raise MediaError(f"it has no video track (only: {', '.join(kinds)})")
 
 
 def _reason(error: Exception) -> str:

@@ -1,17 +1,37 @@
 """Command line: raw videos and annotations in, a prepared directory out.
 
 python -m data_pipelines.prepare DATASET --root=DIR [--out=DIR] [--variant=NAME] [...]
+
+A prepared directory is `OUT/DATASET/VARIANT/1.0.0/`. Beside TFDS's own files it holds
+`index-SPLIT.json`, all that training start-up needs of the records without reading them, and
+`problems.csv`, which names everything that was not as it should be. Until it is complete it is
+called `1.0.0.incomplete`, and `1.0.0.progress` holds what is known of its finished shards; in an
+object store, where nothing can be renamed, it is complete once it has its `metadata.json`.
+
+Whatever ends a preparation, the same command goes on from there.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
-import pathlib
+import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
-from data_pipelines import datasets
+from etils import epath
+
+from data_pipelines import datasets, places, sources
 from data_pipelines.recipe import Recipe, version_directory
+from data_pipelines.sources import Speech
+from data_pipelines.tables import table
 from save_jax.errors import UserError
+
+TRANSCRIPTS = ("file", "whisper", "none")
+BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
+_RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames", "encoding")
 
 
 def prepare(
@@ -22,8 +42,16 @@ def prepare(
     recipe: Recipe | None = None,
     workers: int = 0,
     strict: bool = False,
-) -> pathlib.Path:
-    """Prepares one variant of a data set, unless that is already done.
+    *,
+    transcripts: str = "",
+    whisper: str = "large-v3",
+    translate: bool = False,
+    imagebind: str = "",
+    beam_runner: str = "",
+    beam_options: str = "",
+    wait: bool = False,
+) -> epath.Path:
+    """Prepares one variant of a data set, or what is not yet done of it.
 
     Args:
         dataset: the data set's name, a key of datasets.DATASETS.
@@ -31,9 +59,17 @@ def prepare(
             made when it is not there.
         out: the folder for prepared data sets; none means ROOT/prepared.
         variant: one of the data set's variants; none means its first.
-        recipe: what to make of the media; none means the default recipe.
-        workers: processes that read media; 0 = as many as there are processors.
+        recipe: what to make of the media; none means what is usual for the data set.
+        workers: processes that read media; 0 = as many as there are processors (with Beam: one,
+            the runner's worker itself).
         strict: raise UserError on the first file that is not usable, instead of counting it.
+        transcripts: "file", "whisper" or "none"; "" = the file if there is one, or else Whisper.
+        whisper: Whisper's model, an id or a local directory.
+        translate: have Whisper translate other languages to English.
+        imagebind: path of imagebind_huge.pth, to compute the vectors that are not there; "" = none.
+        beam_runner: one of BEAM_RUNNERS; "" = this machine alone.
+        beam_options: Beam's own options, as on a command line.
+        wait: wait for another process that is preparing the same, instead of raising UserError.
 
     Returns:
         The prepared directory.
@@ -41,47 +77,63 @@ def prepare(
     Raises:
         UserError: something is absent or wrong, or the directory was prepared by another recipe.
     """
-    recipe = recipe or Recipe()
-    _check(recipe, workers)
     variant = datasets.check_variant(dataset, variant)
+    recipe = recipe or usual_recipe(dataset)
+    _check(recipe, workers, transcripts, beam_runner)
+    speech = Speech(transcripts, whisper, translate)
     root, out = _places(dataset, root, out)
-    workers = workers or os.cpu_count() or 1
     directory = version_directory(out, dataset, variant, recipe.version)
-    if directory.exists():
-        prepared_by(directory).check(json.loads(recipe.to_json()), str(directory))
-        print(f"Already prepared, nothing to do: {directory}")
+    if _is_done(directory, recipe, speech):
         return directory
-
-    if dataset == "demo":
-        _make_demo_corpus(root, workers)
-    if not os.path.isdir(root):
+    if dataset != "demo" and not epath.Path(root).is_dir():
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
-    splits = datasets.load_dataset(dataset).read_annotations(root, variant)
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out}: expected a folder to write to, found: {error}.") from error
 
-    # Here, because worker processes import this module again, and have no use for TensorFlow.
-    from data_pipelines.datasets.builder import ClipsBuilder
+    # Here, because worker processes import this module again, and have no use for what writes.
+    from data_pipelines import lock, storage
+    from data_pipelines.build import build
 
-    builder = ClipsBuilder(
-        out=out,
-        dataset=dataset,
-        variant=variant,
-        recipe=recipe,
-        splits=splits,
-        workers=workers,
-        strict=strict,
-    )
-    builder.build()
+    processors = os.cpu_count() or 1
+    with lock.hold(directory, wait=wait):
+        if _is_done(directory, recipe, speech):  # by the process that was waited for
+            return directory
+        if dataset == "demo":
+            sources.announce("corpus", f"the demo's clips in {root}")
+            with storage.writing(root):
+                _make_demo_corpus(root, workers or processors)
+        with storage.writing(out):
+            found = sources.read(
+                dataset,
+                variant,
+                root=root,
+                out=out,
+                speech=speech,
+                imagebind=imagebind,
+                workers=workers,
+                strict=strict,
+            )
+            build(
+                directory,
+                dataset,
+                variant,
+                recipe,
+                found,
+                workers=workers or (1 if beam_runner else processors),
+                strict=strict,
+                beam_runner=beam_runner,
+                beam_options=beam_options,
+            )
     return directory
 
 
-def prepared_by(directory: pathlib.Path) -> Recipe:
+def usual_recipe(dataset: str, **given: Any) -> Recipe:
+    """The recipe of a data set's own choosing, but for the fields that are given."""
+    return Recipe(**{**datasets.load_dataset(dataset).RECIPE, **given})
+
+
+def prepared_by(directory: epath.Path) -> Recipe:
     """Reads the recipe of a prepared directory; UserError when it is not one."""
     try:
-        return Recipe.from_json(json.dumps(_metadata(directory)["recipe"]))
+        return Recipe.from_json(json.dumps(metadata(directory)["recipe"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: expected a directory that data_pipelines.prepare finished, found no "
@@ -89,66 +141,132 @@ def prepared_by(directory: pathlib.Path) -> Recipe:
         ) from error
 
 
-def summary(directory: pathlib.Path) -> str:
+def summary(directory: epath.Path) -> str:
     """What a prepared directory holds and what went wrong, as a table of one line a split."""
-    counts = _metadata(directory)["counts"]
-    columns = list(next(iter(counts.values())))
-    rows = [["split", *columns]]
-    rows += [[split, *(str(its[column]) for column in columns)] for split, its in counts.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    if any(its["problems"] for its in counts.values()):
-        lines.append(f"Every problem is named in {directory / 'problems.csv'}")
+    recorded = metadata(directory)
+    lines = [table(recorded["counts"])]
+    if recorded["problems"]:
+        lines.append(f"{recorded['problems']} problems; each is in {directory / 'problems.csv'}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line; returns the exit code, which --help explains."""
     options = _parse(arguments)
     try:
-        directory = prepare(
-            options.dataset,
-            root=options.root,
-            out=options.out,
-            variant=options.variant,
-            recipe=Recipe(
-                image_size=options.image_size,
-                max_frames=options.max_frames,
-                fbank_frames=options.fbank_frames,
-                encoding=options.encoding,
-            ),
-            workers=options.workers,
-            strict=options.strict,
-        )
+        with _terminable():
+            given = {field: getattr(options, field) for field in _RECIPE_FLAGS}
+            given = {field: value for field, value in given.items() if value is not None}
+            if options.verify:
+                return 0 if _verify(options) else 1
+            directory = prepare(
+                options.dataset,
+                root=options.root,
+                out=options.out,
+                variant=options.variant,
+                recipe=usual_recipe(options.dataset, **given),
+                workers=options.workers,
+                strict=options.strict,
+                transcripts=options.transcripts,
+                whisper=options.whisper,
+                translate=options.translate,
+                imagebind=options.imagebind,
+                beam_runner=options.beam_runner,
+                beam_options=options.beam_options,
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what was done is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return os.EX_TEMPFAIL
     print(directory)
     print(summary(directory))
     return 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    default = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.prepare",
         description="Turns a data set's raw videos into what training and evaluation read.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Exit codes: 0: done (--verify: nothing stops training). 1: --verify found what "
+        "stops training. 2: a mistake in what was given; the message says what to do. 75: "
+        "interrupted; the same command goes on from there.",
     )
-    parser.add_argument("dataset", help=f"one of: {', '.join(sorted(datasets.DATASETS))}")
-    parser.add_argument("--root", default="", help="the data set's files (demo: OUT/corpus)")
-    parser.add_argument("--out", default="", help="where to write; empty: ROOT/prepared")
-    parser.add_argument("--variant", default="", help="empty: the data set's first")
-    parser.add_argument("--image_size", type=int, default=default.image_size, help="pixels")
-    parser.add_argument("--max_frames", type=int, default=default.max_frames, help="per clip")
-    parser.add_argument("--fbank_frames", type=int, default=default.fbank_frames, help="per clip")
-    parser.add_argument("--encoding", choices=("jpeg", "png"), default=default.encoding)
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a processor")
-    parser.add_argument("--strict", action="store_true", help="stop at the first unusable file")
+    add = parser.add_argument
+    add("dataset", help=f"one of: {', '.join(sorted(datasets.DATASETS))}")
+    add("--root", default="", help="the data set's files (demo: OUT/corpus, made when not there)")
+    add("--out", default="", help="where to write; default: ROOT/prepared")
+    add("--variant", default="", help="default: the data set's first")
+    usual = Recipe()
+    for field, words in (
+        ("image_size", "height and width of a frame, in pixels"),
+        ("max_frames", "most frames of a clip"),
+        ("frames_per_second", "candidates for them"),
+        ("fbank_frames", "length of a clip's filterbank"),
+    ):
+        add(
+            f"--{field}",
+            type=int,
+            help=f"{words}; default: the data set's, or {getattr(usual, field)}",
+        )
+    add("--encoding", choices=("jpeg", "raw"), help=f"of frames; default: {usual.encoding}")
+    add("--workers", type=int, default=0, help="processes; default: one a processor")
+    add("--strict", action="store_true", help="stop at the first thing that is not as it should be")
+    add(
+        "--transcripts",
+        choices=TRANSCRIPTS,
+        default="",
+        help="where they are from; default: the data set's file if it is there, or else Whisper",
+    )
+    add("--whisper", default="large-v3", help="model id or directory; default: %(default)s")
+    add("--translate", action="store_true", help="have Whisper translate to English")
+    add("--imagebind", default="", help="imagebind_huge.pth, to compute vectors that are absent")
+    add("--beam_runner", choices=BEAM_RUNNERS, default="", help="prepare with Apache Beam")
+    add("--beam_options", default="", help='Beam\'s own options: "--key=value ..."')
+    add(
+        "--verify",
+        action="store_true",
+        help="prepare nothing: check what is prepared and the data set's files, and print what "
+        "training would lack",
+    )
     return parser.parse_args(arguments)
+
+
+def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
+    """Whether a directory is prepared already; UserError when it is, but otherwise than wanted."""
+    if not (directory / "metadata.json").exists() and (
+        places.work_directory(directory) == directory or not directory.exists()
+    ):
+        return False
+    prepared_by(directory).check(json.loads(recipe.to_json()), str(directory))
+    found = metadata(directory).get("transcripts", "")
+    if speech.source and str(speech) != found:
+        raise UserError(
+            f"{directory} was prepared with other transcripts than are wanted now: wanted "
+            f"{str(speech)!r}, found {found!r}. Prepare into another --out."
+        )
+    places.clean_up(directory)  # which whoever completed it may have had no time to do
+    print(f"Already prepared, nothing to do: {directory}")
+    return True
+
+
+def _verify(options: argparse.Namespace) -> bool:
+    """Checks what is prepared and, as far as there is a root, the data set's files."""
+    from data_pipelines.verify import verify
+
+    dataset = options.dataset
+    variant = datasets.check_variant(dataset, options.variant)
+    root, out = _places(dataset, options.root or options.out, options.out)
+    directory = version_directory(out, dataset, variant, Recipe.version)
+    recipe = prepared_by(directory) if (directory / "metadata.json").exists() else None
+    root = os.path.join(out, "corpus") if dataset == "demo" and not options.root else options.root
+    if root and not epath.Path(root).is_dir():
+        raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
+    return verify(directory, recipe, dataset, variant, root, out)
 
 
 def _make_demo_corpus(root: str, workers: int) -> None:
@@ -156,6 +274,25 @@ def _make_demo_corpus(root: str, workers: int) -> None:
     from data_pipelines import demo_corpus
 
     demo_corpus.generate(root, seed=0, workers=workers)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM end the work as Ctrl-C does, and nothing end the ending."""
+
+    def interrupt(*_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
@@ -170,17 +307,27 @@ def _places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
     return root, out or os.path.join(root, "prepared")
 
 
-def _check(recipe: Recipe, workers: int) -> None:
-    for field in ("image_size", "max_frames", "fbank_frames", "mel_bins", "teacher_size"):
-        if getattr(recipe, field) < 1:
-            raise UserError(f"expected --{field} of at least 1, found {getattr(recipe, field)}")
-    if recipe.encoding not in ("jpeg", "png"):
-        raise UserError(f"expected --encoding jpeg or png, found {recipe.encoding!r}")
+def _check(recipe: Recipe, workers: int, transcripts: str, beam_runner: str) -> None:
+    for field in dataclasses.fields(recipe):
+        if field.type is int and getattr(recipe, field.name) < 1:
+            raise UserError(
+                f"expected --{field.name} of at least 1, found {getattr(recipe, field.name)}"
+            )
+    for name, value, known in (
+        ("encoding", recipe.encoding, ("jpeg", "raw")),
+        ("transcripts", transcripts, ("", *TRANSCRIPTS)),
+        ("beam_runner", beam_runner, ("", *BEAM_RUNNERS)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"expected --{name} {' or '.join(filter(None, known))}, found {value!r}"
+            )
     if workers < 0:
         raise UserError(f"expected --workers of at least 0, found {workers}")
 
 
-def _metadata(directory: pathlib.Path) -> dict:
+def metadata(directory: epath.Path) -> dict[str, Any]:
+    """What a prepared directory records of itself: recipe, transcripts, counts, problems."""
     return json.loads((directory / "metadata.json").read_text())
 
 

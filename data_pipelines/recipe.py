@@ -6,7 +6,8 @@ the filterbank meet in one experiment. Whatever changes the stored arrays is a f
 
 import dataclasses
 import json
-import pathlib
+
+from etils import epath
 
 from save_jax.errors import UserError
 
@@ -18,7 +19,8 @@ class Recipe:
     Attributes:
         image_size: height and width of a stored frame, in pixels.
         max_frames: F, the most frames kept of a clip.
-        encoding: "jpeg" (quality 95) or "png" (lossless), how a frame is compressed.
+        frames_per_second: candidates a second of video, of which at most `max_frames` are kept.
+        encoding: "jpeg" (quality 95) or "raw" (a frame's bytes), how a frame is stored.
         fbank_frames: T, filterbank frames a clip; the frame shift is duration / T.
         mel_bins: M, mel bins.
         teacher_size: length of a teacher vector.
@@ -27,6 +29,7 @@ class Recipe:
 
     image_size: int = 224
     max_frames: int = 12
+    frames_per_second: int = 1
     encoding: str = "jpeg"
     fbank_frames: int = 1024
     mel_bins: int = 128
@@ -56,6 +59,6 @@ class Recipe:
             )
 
 
-def version_directory(out: str, dataset: str, variant: str, version: int) -> pathlib.Path:
+def version_directory(out: str, dataset: str, variant: str, version: int) -> epath.Path:
     """Where a data set prepared by a recipe of `version` lies: TFDS's layout."""
-    return pathlib.Path(out) / dataset / variant / f"{version}.0.0"
+    return epath.Path(out) / dataset / variant / f"{version}.0.0"

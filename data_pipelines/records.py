@@ -3,27 +3,22 @@
 Nothing here imports TensorFlow: this is what the worker processes import.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import itertools
+import functools
 import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from data_pipelines import affinities, audio, media
+from data_pipelines import audio, media, vectors
 from data_pipelines.datasets.clip import Clip
 from data_pipelines.recipe import Recipe
+from data_pipelines.workers import in_order
+from save_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-
-# Clips given out ahead of the one whose turn it is, per worker: a long clip must not leave the
-# other workers idle, nor may finished clips pile up in memory behind it.
-_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Record:
 
 
 def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Iterator[Record]:
-    """Yields a record a clip, in the order of `clips`.
+    """Gives a record a clip, in the order of `clips`.
 
     Args:
         clips: the clips.
@@ -51,34 +46,7 @@ def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Iterato
         workers: processes to do it in; 1 = this one. Should a clip crash its process (FFmpeg is
             C code, and files are odd), that clip alone is lost.
     """
-    if workers == 1:
-        yield from (read_record(clip, recipe) for clip in clips)
-        return
-    waiting = iter(clips)
-    under_way: collections.deque[tuple[Clip, concurrent.futures.Future[Record]]]
-    under_way = collections.deque()
-    pool = _pool(workers)
-    try:
-        while True:
-            for clip in itertools.islice(waiting, _AHEAD * workers - len(under_way)):
-                under_way.append((clip, pool.submit(read_record, clip, recipe)))
-            if not under_way:
-                return
-            clip, future = under_way.popleft()
-            try:
-                record = future.result()
-            except BrokenProcessPool:
-                # One of the clips under way did it. The one whose turn it is gets a process of its
-                # own, which tells; the others start again.
-                record = _read_alone(clip, recipe)
-                pool.shutdown()
-                pool = _pool(workers)
-                under_way = collections.deque(
-                    (clip, pool.submit(read_record, clip, recipe)) for clip, _ in under_way
-                )
-            yield record
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return in_order(functools.partial(read_record, recipe=recipe), clips, workers, _crashed)
 
 
 def read_record(clip: Clip, recipe: Recipe) -> Record:
@@ -87,18 +55,25 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
     Raises:
         UserError: this installation cannot read what the clip consists of.
     """
+    video_problems: list[str] = []
+
+    def damaged(reason: str) -> None:
+        video_problems.append(f"damaged: {clip.video}: {reason}")
+
     try:
-        frames = media.decode_frames(clip.video, recipe)
+        frames = media.decode_frames(clip.video, recipe, damaged)
     except media.MediaError as error:
         return Record(clip, None, (f"left out: {clip.video}: {error}",))
+    except UserError:
+        raise
     except Exception as error:
         # One odd file among ten thousand must not end hours of work; it is named instead.
         _log.exception("clip %s: %s", clip.video_id, clip.video)
         return Record(clip, None, (f"left out: {clip.video}: unexpected {error!r}",))
-    waveform, audio_problems = _read_waveform(clip)
+    waveform, audio_problems = read_waveform(clip)
     has_audio = audio.long_enough(waveform)
     fbank = audio.fbank(waveform, recipe) if has_audio else audio.silent(recipe)
-    vectors, vector_problems = _read_vectors(clip, recipe)
+    teacher, vector_problems = _read_vectors(clip, recipe)
     features = {
         "video_id": clip.video_id,
         "frames": [media.encode_frame(frame, recipe.encoding) for frame in frames],
@@ -108,21 +83,29 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
         "transcript": clip.transcript,
         "captions": list(clip.captions),
         "groups": list(clip.groups),
-        "has_teacher": vectors is not None,
+        "has_teacher": teacher is not None,
     }
     absent = np.zeros(recipe.teacher_size, np.float32)
-    features["teacher_video"], features["teacher_audio"] = vectors or (absent, absent)
-    return Record(clip, features, (*audio_problems, *vector_problems))
+    features["teacher_video"], features["teacher_audio"] = teacher or (absent, absent)
+    return Record(clip, features, (*video_problems, *audio_problems, *vector_problems))
 
 
-def _read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
+def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
     """The clip's sound from its own audio file or, failing that, from its video."""
     problems = []
-    for path in filter(None, (clip.audio, clip.video)):
+    # Where the video is a folder of images, there is no track of its own.
+    own = None if epath.Path(clip.video).is_dir() else clip.video
+    for path in filter(None, (clip.audio, own)):
+
+        def damaged(reason: str, path: str = path) -> None:
+            problems.append(f"damaged: {path}: {reason}")
+
         try:
-            return audio.read_waveform(path), problems
+            return audio.read_waveform(path, damaged), problems
         except media.MediaError as error:
             problems.append(f"no audio from {path}: {error}")
+        except UserError:
+            raise
         except Exception as error:
             _log.exception("clip %s: %s", clip.video_id, path)
             problems.append(f"no audio from {path}: unexpected {error!r}")
@@ -133,25 +116,14 @@ def _read_vectors(
     clip: Clip, recipe: Recipe
 ) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[str]]:
     """The teacher's vectors of video and audio, or None unless both are there and usable."""
-    vectors, problems = [], []
+    found, problems = [], []
     for path in filter(None, (clip.teacher_video, clip.teacher_audio)):
         try:
-            vectors.append(affinities.read_vector(path, recipe.teacher_size))
-        except affinities.VectorError as error:
+            found.append(vectors.read_vector(path, recipe.teacher_size))
+        except vectors.VectorError as error:
             problems.append(f"no teacher from {path}: {error}")
-    return (vectors[0], vectors[1]) if len(vectors) == 2 else None, problems
+    return (found[0], found[1]) if len(found) == 2 else None, problems
 
 
-def _read_alone(clip: Clip, recipe: Recipe) -> Record:
-    try:
-        with _pool(1) as pool:
-            return pool.submit(read_record, clip, recipe).result()
-    except BrokenProcessPool:
-        return Record(clip, None, (f"left out: {clip.video}: it crashes the decoder",))
-
-
-def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    # Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn")
-    )
+def _crashed(clip: Clip) -> Record:
+    return Record(clip, None, (f"left out: {clip.video}: it crashes the decoder",))

@@ -4,17 +4,24 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
+from data_pipelines.datasets import annotations
 from save_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_EXPECTED = 'a JSON list of {"key": "ID.mp4", "text": "..."}'
+# What the key of an ASR file may end with of more than the four characters of ".mp4".
+_LONG_ENDINGS = (".webm", ".mpeg", ".flac", ".opus")
+
+EXPECTED = 'a JSON list of {"key": "ID.mp4", "text": "..."}'
 
 
 def read_asr(path: str | os.PathLike) -> dict[str, str]:
-    """Reads a speech recognition file.
+    """Reads a speech recognition file, here or remote.
 
     An id that occurs more than once keeps its first text that is not empty, and is named in a
     warning. A byte-order mark is tolerated.
@@ -23,21 +30,25 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
         path: a JSON list of {"key": "ID.mp4", "text": "…"}; other fields are ignored.
 
     Returns:
-        The text of each id, an id being its key without the last 4 characters.
+        The text of each id: its key without a longer ending such as ".webm", or else without the
+        last 4 characters.
 
     Raises:
         UserError: the file is absent, or is not such a list; says where in it.
     """
     transcripts: dict[str, str] = {}
     seen: Counter[str] = Counter()
-    for position, entry in enumerate(_read_list(path)):
+    entries = annotations.read_json(os.fspath(path), EXPECTED)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected {EXPECTED}, found a {type(entries).__name__}.")
+    for position, entry in enumerate(entries):
         found = _wrong_entry(entry)
         if found:
             raise UserError(
-                f"{path}: expected {_EXPECTED}, found {found} in entry {position} (from 0). "
+                f"{path}: expected {EXPECTED}, found {found} in entry {position} (from 0). "
                 "Mend or remove that entry."
             )
-        video_id = entry["key"][:-4]
+        video_id = _id(entry["key"])
         seen[video_id] += 1
         transcripts[video_id] = transcripts.get(video_id) or entry["text"]
     repeated = sorted(video_id for video_id, times in seen.items() if times > 1)
@@ -51,6 +62,40 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
     return transcripts
 
 
+def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Writes a speech recognition file, here or remote, under another name first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    final = epath.Path(path)
+    partial = final.parent / f"{final.name}.tmp"
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(f"[\n{lines}\n]\n" if lines else "[]\n", encoding="utf-8")
+        partial.replace(final)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is such a file, here or remote."""
+    return epath.Path(path).exists()
+
+
+def cannot_write(path: str, error: OSError) -> UserError:
+    """The error that a file of transcripts cannot be written, as the user is told."""
+    return UserError(
+        f"{path}: expected a place to write transcripts to, found: {error.strerror or error}. Make "
+        "room or give another directory; what is transcribed so far is kept."
+    )
+
+
+def _id(key: str) -> str:
+    return key[: -5 if key.lower().endswith(_LONG_ENDINGS) else -4]
+
+
 def _wrong_entry(entry: Any) -> str:
     """What is wrong with an entry of the list, in words; "" when nothing is."""
     if not isinstance(entry, dict):
@@ -60,27 +105,6 @@ def _wrong_entry(entry: Any) -> str:
             return f"no {field!r} (only {sorted(entry)})"
         if not isinstance(entry[field], str):
             return f"a {field!r} that is a {type(entry[field]).__name__}, not a string,"
-    if len(entry["key"]) <= 4:
+    if not _id(entry["key"]):
         return f"the key {entry['key']!r}, too short to be ID.mp4,"
     return ""
-
-
-def _read_list(path: str | os.PathLike) -> list:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected {_EXPECTED}, found no such file.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: expected {_EXPECTED}, found malformed JSON at line {error.lineno}, column "
-            f"{error.colno} ({error.msg}). Is the file complete?"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected UTF-8 text, found another encoding at byte {error.start}. "
-            "Save the file as UTF-8."
-        ) from error
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: expected {_EXPECTED}, found a {type(entries).__name__}.")
-    return entries

@@ -5,25 +5,11 @@ query group. The last evaluation of each run counts.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
+from launch.runs import last_evaluation
 from save_jax.errors import UserError
-
-
-def last_evaluation(workdir: pathlib.Path) -> dict:
-    """The metrics of a run's last evaluation.
-
-    Raises:
-        UserError: the run has none.
-    """
-    found = {int(path.parent.name): path for path in workdir.glob("evaluation/*/metrics.json")}
-    if not found:
-        raise UserError(
-            f"{workdir} holds no evaluation/STEP/metrics.json: train or evaluate there first"
-        )
-    return json.loads(found[max(found)].read_text())
 
 
 def table(results: dict[str, dict]) -> str:

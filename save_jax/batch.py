@@ -1,8 +1,9 @@
 """The contract between the data pipelines and the model: every array of a batch.
 
 B = clips in this batch, F = frames a clip, L = text tokens, T = filterbank frames (1024 at full
-size), M = mel bins (128). Arrays a config does not use (sound in CLIP4Clip, say) are None: they
-are neither decoded, nor sent to the device.
+size), M = mel bins (128), D = CLIP's shared width. Arrays a config does not use (sound in
+CLIP4Clip, say) are None: they are neither decoded, nor sent to the device. So are the inputs of an
+encoder whose results come with the batch, out of a cache (`save_jax.cache`).
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +29,15 @@ class Batch(NamedTuple):
         has_teacher: bool [B]; False where the teacher's vectors are missing or unusable.
         index: int32 [B], the clip's row in the split, so that a clip can be named; -1 marks a row
             that only fills up the last batch of an evaluation.
+        frame_embeddings: [B, F, D], what CLIP makes of `frames`, before positions; from a cache,
+            as are those below: float32 or bfloat16, or None to compute them.
+        caption_embeddings: [B, D], what CLIP makes of `caption_ids`, not normalised.
+        ast_states: [B, states, width], what AST's trunk makes of `fbank`, before its last
+            LayerNorm.
+        speech_states: [B, L, D], what CLIP makes of `transcript_ids`.
     """
 
-    frames: Array
+    frames: Array | None
     frame_mask: Array
     caption_ids: Array | None
     transcript_ids: Array | None
@@ -40,3 +47,7 @@ class Batch(NamedTuple):
     teacher_audio: Array | None
     has_teacher: Array | None
     index: Array
+    frame_embeddings: Array | None = None
+    caption_embeddings: Array | None = None
+    ast_states: Array | None = None
+    speech_states: Array | None = None

@@ -6,7 +6,7 @@ complete, so an interrupted write is never restored.
 """
 
 import logging
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.typing import ArrayLike
 from orbax.checkpoint import checkpoint_managers
 
+from save_jax import files
 from save_jax.errors import UserError
 from save_jax.parameters import Parameters
 
@@ -67,8 +68,8 @@ def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of one workdir: the latest two and the best one by SumR are kept."""
 
-    def __init__(self, workdir: str | pathlib.Path):
-        self._directory = pathlib.Path(workdir).absolute() / DIRECTORY
+    def __init__(self, workdir: str | os.PathLike):
+        self._directory = files.path(workdir) / DIRECTORY
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -122,21 +123,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def is_ours(path: str | pathlib.Path) -> bool:
+def is_ours(path: str | os.PathLike) -> bool:
     """Whether a path is a run's directory, or one of its checkpoints."""
-    path = pathlib.Path(path)
+    path = files.path(path)
     return (path / "default").is_dir() or any(
         child.name.isdigit() for parent in (path, path / DIRECTORY) for child in parent.glob("*")
     )
 
 
-def find(path: str | pathlib.Path) -> pathlib.Path:
+def find(path: str | os.PathLike) -> files.Path:
     """The checkpoint a path means: itself, or the latest of a workdir.
 
     Raises:
         UserError: there is none, naming what was looked for.
     """
-    path = pathlib.Path(path).absolute()
+    path = files.path(path)
     for parent in (path / DIRECTORY, path):
         steps = [int(p.name) for p in parent.glob("*") if p.name.isdigit() and p.is_dir()]
         if steps:
@@ -149,7 +150,7 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     )
 
 
-def _metadata(checkpoint: pathlib.Path) -> Mapping[str, Any]:
+def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
     """Names, shapes and dtypes of a checkpoint's arrays.
 
     Raises:
@@ -191,7 +192,7 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
         )
 
 
-def load_parameters(path: str | pathlib.Path, like: Parameters) -> tuple[int, Parameters]:
+def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Parameters]:
     """The step and the parameters of a checkpoint, without its optimiser state.
 
     Args:
@@ -222,7 +223,7 @@ def load_parameters(path: str | pathlib.Path, like: Parameters) -> tuple[int, Pa
     return int(tree["step"]), tree["parameters"]
 
 
-def parameter_shapes(path: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_shapes(path: str | os.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of a checkpoint's parameters, whatever model they are of.
 
     Raises:
@@ -232,7 +233,7 @@ def parameter_shapes(path: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
 
 
-def read_parameters(path: str | pathlib.Path, like: Parameters) -> dict[str, np.ndarray]:
+def read_parameters(path: str | os.PathLike, like: Parameters) -> dict[str, np.ndarray]:
     """Some or all parameters of a checkpoint in host memory, whatever devices it was written on.
 
     Args:
@@ -262,12 +263,12 @@ def read_parameters(path: str | pathlib.Path, like: Parameters) -> dict[str, np.
 
 
 def write_parameters(
-    workdir: str | pathlib.Path, parameters: Mapping[str, ArrayLike], step: int = 0
+    workdir: str | os.PathLike, parameters: Mapping[str, ArrayLike], step: int = 0
 ) -> None:
     """Writes a checkpoint of parameters alone, for `read_parameters` and `load_parameters`."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
-            pathlib.Path(workdir).absolute() / DIRECTORY / str(step) / "default",
+            files.path(workdir) / DIRECTORY / str(step) / "default",
             {"step": np.int32(step), "parameters": dict(parameters)},
         )
         checkpointer.wait_until_finished()

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from save_jax.errors import UserError
-from save_jax.models import ast, clip
+from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
@@ -37,8 +39,12 @@ def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
-def model_config(config: Mapping[str, Any]) -> SAVEConfig:
+def model_config(config: Mapping[str, Any], platform: str = "") -> SAVEConfig:
     """Sizes and branches of the model a config describes.
+
+    Args:
+        config: all of a config's values.
+        platform: "cpu", "gpu" or "tpu", for which attention kernel "auto" means; "" = this one.
 
     Raises:
         UserError: a name is unknown or sizes contradict each other.
@@ -48,6 +54,12 @@ def model_config(config: Mapping[str, Any]) -> SAVEConfig:
     values = dict(config["model"])
     values["clip"] = _sizes("model.clip", values["clip"], clip.VARIANTS, clip.CLIPConfig)
     values["ast"] = _sizes("model.ast", values["ast"], ast.VARIANTS, ast.ASTConfig)
+    if values["remat"] not in layers.REMAT_POLICIES:
+        raise UserError(
+            f"config.model.remat = {values['remat']!r}: expected one of "
+            f"{', '.join(layers.REMAT_POLICIES)}"
+        )
+    values["attention"] = _attention(values["attention"], config["dtype"], platform)
     model = _build("model", SAVEConfig, {**values, "dtype": config["dtype"]})
     data = config["data"]
     longest = model.clip.context_length
@@ -74,6 +86,24 @@ def model_config(config: Mapping[str, Any]) -> SAVEConfig:
     return model
 
 
+def _attention(kernel: str, dtype: str, platform: str) -> str:
+    """The attention kernel that a config's value means on a platform."""
+    fused = (platform or jax.default_backend()) == "gpu" and dtype == "bfloat16"
+    if kernel == "auto":
+        return "cudnn" if fused else "xla"
+    if kernel not in layers.ATTENTION_KERNELS:
+        raise UserError(
+            f"config.model.attention = {kernel!r}: expected one of auto, "
+            f"{', '.join(layers.ATTENTION_KERNELS)}"
+        )
+    if kernel == "cudnn" and not fused:
+        raise UserError(
+            "config.model.attention = 'cudnn' needs an NVIDIA GPU and config.dtype = 'bfloat16'; "
+            "'auto' chooses what fits"
+        )
+    return kernel
+
+
 def check_run(config: Mapping[str, Any]) -> None:
     """Raises UserError for a mode that does not exist, or a count out of its range."""
     if config["mode"] not in ("train", "evaluate"):
@@ -82,6 +112,11 @@ def check_run(config: Mapping[str, Any]) -> None:
     for key, minimum in least.items():
         if config[key] < minimum:
             raise UserError(f"config.{key} = {config[key]}: expected at least {minimum}")
+    micro, batch = config["micro_batch"], config["batch_size"]
+    if micro and (micro < 0 or batch % micro):
+        raise UserError(
+            f"config.micro_batch = {micro}: expected a divisor of config.batch_size = {batch}, or 0"
+        )
 
 
 def loss_config(config: Mapping[str, Any]) -> LossConfig:

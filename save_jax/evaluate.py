@@ -1,9 +1,9 @@
 """Embed, score, rank: text-to-video and video-to-text retrieval over a whole split (spec 9)."""
 
 import csv
+import io
 import json
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from save_jax import metrics, parameters, sharding
+from save_jax import files, metrics, parameters, sharding
 from save_jax.batch import Batch
 from save_jax.models.save import SAVE
 from save_jax.parameters import Parameters
@@ -44,7 +44,12 @@ class EvaluationSet(NamedTuple):
 
 
 class Evaluator:
-    """The compiled functions of evaluation, for one model on one mesh."""
+    """The compiled functions of evaluation, for one model on one mesh.
+
+    Attributes:
+        encode_video: jitted; (parameters, global batch) -> unit frames and their mask.
+        encode_text: jitted; (parameters, global int32 [B, L]) -> unit vectors.
+    """
 
     def __init__(
         self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, batch_size: int, local_weight: float
@@ -53,19 +58,21 @@ class Evaluator:
 
         def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
             model: SAVE = parameters.merge(graphdef, params)
-            video = model.encode_video(batch)
+            with sharding.on_mesh(mesh):
+                video = model.encode_video(batch)
             return normalise(video.fused), video.mask
 
         def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
-            return normalise(parameters.merge(graphdef, params).encode_text(ids))
+            with sharding.on_mesh(mesh):
+                return normalise(parameters.merge(graphdef, params).encode_text(ids))
 
         def score(text, frames, mask, logit_scale):
             return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
 
         # Replicated outputs: every process can read the embeddings of the whole global batch.
         everywhere = sharding.replicated(mesh)
-        self._encode_video = jax.jit(encode_video, out_shardings=everywhere)
-        self._encode_text = jax.jit(encode_text, out_shardings=everywhere)
+        self.encode_video = jax.jit(encode_video, out_shardings=everywhere)
+        self.encode_text = jax.jit(encode_text, out_shardings=everywhere)
         self._score = jax.jit(score)
 
     def embed_videos(
@@ -77,7 +84,7 @@ class Evaluator:
         everywhere = sharding.replicated(self._mesh)
         for _, batch in sharding.prefetch(data.batches(), self._mesh):
             index = np.asarray(jax.device_put(batch.index, everywhere))
-            unit, real = map(np.asarray, self._encode_video(params, batch))
+            unit, real = map(np.asarray, self.encode_video(params, batch))
             if frames is None:
                 frames = np.zeros((len(data.video_ids), *unit.shape[1:]), np.float32)
                 mask = np.zeros((len(data.video_ids), real.shape[1]), bool)
@@ -99,7 +106,7 @@ class Evaluator:
             mine = jax.make_array_from_process_local_data(
                 sharding.batch_sharding(self._mesh), padded[first : first + per_process]
             )
-            embeddings.append(np.asarray(self._encode_text(params, mine))[: len(ids)])
+            embeddings.append(np.asarray(self.encode_text(params, mine))[: len(ids)])
         return np.concatenate(embeddings)
 
     def similarity(
@@ -147,7 +154,7 @@ def protocol(data: EvaluationSet, selection: str) -> dict:
     }
 
 
-def write(directory: pathlib.Path, data: EvaluationSet, scores: np.ndarray, result: dict) -> None:
+def write(directory: files.Path, data: EvaluationSet, scores: np.ndarray, result: dict) -> None:
     """Writes one evaluation as the command-line contract says; metrics.json comes last.
 
     Args:
@@ -157,16 +164,20 @@ def write(directory: pathlib.Path, data: EvaluationSet, scores: np.ndarray, resu
         result: metrics, with their protocol.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / "similarity.npy", scores)
-    with open(directory / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["caption", "video_id", "group"])
-        for caption, row, group in zip(
-            data.captions, data.video_of_caption, data.groups, strict=True
-        ):
-            rows.writerow([caption, data.video_ids[row], group])
-    with open(directory / "videos.csv", "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["video_id"])
-        rows.writerows([video] for video in data.video_ids)
-    (directory / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    matrix = io.BytesIO()
+    np.save(matrix, scores)
+    files.write(directory / "similarity.npy", matrix.getvalue())
+    captions = zip(data.captions, data.video_of_caption, data.groups, strict=True)
+    _write_csv(
+        directory / "captions.csv",
+        ("caption", "video_id", "group"),
+        ((caption, data.video_ids[row], group) for caption, row, group in captions),
+    )
+    _write_csv(directory / "videos.csv", ("video_id",), ((video,) for video in data.video_ids))
+    files.write(directory / "metrics.json", json.dumps(result, indent=2) + "\n")
+
+
+def _write_csv(path: files.Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    files.write(path, text.getvalue())

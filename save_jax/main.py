@@ -10,15 +10,26 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import configs
-from save_jax import checkpoint, evaluate, metrics, optimizer, sharding, train
+from save_jax import (
+    cache,
+    checkpoint,
+    evaluate,
+    files,
+    metrics,
+    optimizer,
+    processes,
+    sharding,
+    train,
+)
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import NonFiniteLossError, UserError
@@ -38,9 +49,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and t
 TRUST_ARCHIVE = flags.DEFINE_bool(
     "trust_archive", False, "Read a TorchScript archive whose SHA-256 is not one of OpenAI's."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, of several, where no cluster tells it."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, with --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one, from 0, with --coordinator.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join other processes even if this does not look like a cluster."
+)
 
 # Keys that may change when a run goes on: they do not touch its result.
-FREE_KEYS = ("mode", "log_every", "checkpoint_every")
+FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
+FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
+
+SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,7 +75,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_config(config: dict[str, Any], path: pathlib.Path) -> None:
+def check_same_config(config: dict[str, Any], path: files.Path) -> None:
     """Raises UserError naming the keys in which a run's recorded config differs from `config`."""
     try:
         recorded = _flatten(json.loads(path.read_text()))
@@ -90,10 +112,8 @@ class Data:
         self._config, data = config, config["data"]
         self._model = configuration.model_config(config)
         self._tokenizer = Tokenizer(data["tokenizer"])
-        self._branches = {
-            "sound": bool(self._model.sound_weight),
-            "speech": bool(self._model.speech_weight),
-        }
+        self._splits: dict[str, Any] = {}
+        self._caches: dict[str, cache.Cache] = {}
         self._processes = {
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
@@ -107,30 +127,121 @@ class Data:
                 f"data_pipelines.prepare {data['dataset']} --root=ROOT --out=DIR`, then pass "
                 "--config.data.dir=DIR"
             )
-        return self._pipeline.open_split(
+        self._splits[split] = self._pipeline.open_split(
             data["dir"],
             data["dataset"],
             data["variant"],
             split,
             configuration.expected_recipe(self._model, data["max_frames"]),
         )
+        return self._splits[split]
+
+    def use_cache(
+        self, params: Parameters, rates: optimizer.OptimizerConfig, mesh: jax.sharding.Mesh
+    ) -> None:
+        """From now on, takes from config.cache.dir what encoders that `rates` freeze would make.
+
+        Raises:
+            UserError: the cache is of other weights, data or sizes, or is not complete.
+        """
+        directory = self._config["cache"]["dir"]
+        if not directory:
+            return
+        parts = cache.frozen_parts(self._model, rates, params)
+        for split in self._splits.values():
+            if not cache.has_split(directory, split.name):
+                say(f"{split.name}: not in the cache {directory}: everything is computed")
+                continue
+            found = cache.open_split(
+                directory, self._for_cache(split), self._model, params, parts, mesh
+            )
+            self._caches[split.name] = found
+            say(f"{split.name}: {', '.join(sorted(found.parts))} from the cache {directory}")
+
+    def _for_cache(self, split: Any) -> cache.Split:
+        """What a cache must know of an open split."""
+        words, teacher = self._config["data"]["max_words"], self._config["loss"]
+        stored = self._pipeline.records_sample(split, SAMPLED_RECORDS)
+        return cache.Split(
+            split.name,
+            split.num_clips,
+            cache.digest(split.recipe.to_json(), *split.video_ids, *stored),
+            self._tokenizer(self._pipeline.caption_table(split).texts, words),
+            self._tokenizer(split.transcripts, words),
+            split.recipe.max_frames,
+            split.recipe.teacher_size if teacher["soft_albef_weight"] else 0,
+        )
+
+    def to_cache(
+        self, split: str, parts: Collection[str]
+    ) -> tuple[cache.Split, Callable[[int], Iterator[Batch]]]:
+        """A split to be cached, and (first batch) -> its clips, with what makes those parts."""
+        opened = self._open(split)
+
+        def batches(first: int) -> Iterator[Batch]:
+            return self._pipeline.clip_batches(
+                opened,
+                batch_size=self._config["eval_batch_size"],
+                max_words=self._config["data"]["max_words"],
+                tokenizer=self._tokenizer,
+                frames="frames" in parts,
+                sound="ast" in parts,
+                speech="speech" in parts,
+                teacher="teacher" in parts,
+                start_step=first,
+                **self._processes,
+            )
+
+        return self._for_cache(opened), batches
+
+    def _reading(self, split: Any) -> dict[str, Any]:
+        """What to read of a split: what the model wants, but for what a cache has."""
+        found = self._caches.get(split.name)
+        parts = found.parts if found else frozenset()
+
+        def cached(rows: np.ndarray, pairs: np.ndarray | None) -> dict[str, np.ndarray | None]:
+            fields = found.read(rows, pairs)
+            if "caption_embeddings" in fields:
+                fields["caption_ids"] = None
+            if "ast_states" in fields:
+                fields["has_audio"] = split.has_audio[rows]
+            if "teacher_video" in fields:
+                fields["has_teacher"] = split.has_teacher[rows]
+            return fields
+
+        return {
+            "max_words": self._config["data"]["max_words"],
+            "tokenizer": self._tokenizer,
+            "frames": "frames" not in parts,
+            "sound": bool(self._model.sound_weight) and "ast" not in parts,
+            "speech": bool(self._model.speech_weight) and "speech" not in parts,
+            "cached": cached if found else None,
+            **self._processes,
+        }
 
     def training(self) -> train.TrainingSet:
         """The training split."""
         split = self._open(self._config["data"]["train_split"])
+        directory = self._config["cache"]["dir"]
+        if directory and not cache.has_split(directory, split.name):
+            raise UserError(
+                f"config.cache.dir = {directory!r}: expected a cache of the split {split.name!r} "
+                "there, found none. Write it with `python -m save_jax.cache --config=… "
+                f"--init_from=… --out={directory}`, or leave config.cache.dir empty."
+            )
 
         def batches(start_step: int, total_steps: int) -> Iterator[Batch]:
+            reading = self._reading(split)
+            found = self._caches.get(split.name)
             return self._pipeline.train_batches(
                 split,
                 batch_size=self._config["batch_size"],
                 seed=self._config["seed"],
                 start_step=start_step,
                 total_steps=total_steps,
-                max_words=self._config["data"]["max_words"],
-                tokenizer=self._tokenizer,
-                teacher=bool(self._config["loss"]["soft_albef_weight"]),
-                **self._branches,
-                **self._processes,
+                teacher=bool(self._config["loss"]["soft_albef_weight"])
+                and not (found and "teacher" in found.parts),
+                **reading,
             )
 
         per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
@@ -144,16 +255,18 @@ class Data:
         """The evaluation split."""
         split = self._open(self._config["data"]["eval_split"])
         table = self._pipeline.caption_table(split)
+        if not table.texts:
+            raise UserError(
+                f"expected captions in the split {split.name!r}, found {split.num_clips} clips "
+                "without any: there is nothing to rank them by. "
+                "Add captions to the annotations (captions.csv for your own folder) and prepare "
+                "again, or evaluate another split: --config.data.eval_split=NAME"
+            )
         max_words = self._config["data"]["max_words"]
 
         def batches() -> Iterator[Batch]:
             return self._pipeline.clip_batches(
-                split,
-                batch_size=self._config["eval_batch_size"],
-                max_words=max_words,
-                tokenizer=self._tokenizer,
-                **self._branches,
-                **self._processes,
+                split, batch_size=self._config["eval_batch_size"], **self._reading(split)
             )
 
         return evaluate.EvaluationSet(
@@ -185,10 +298,11 @@ def prepare_demo(config: dict[str, Any]) -> None:
             fbank_frames=model.ast.fbank_frames,
             mel_bins=model.ast.mel_bins,
         ),
+        wait=True,  # another process of this run may be at it
     )
 
 
-def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
+def run(config: dict[str, Any], workdir: files.Path) -> bool:
     """Trains or evaluates as the config says.
 
     Returns:
@@ -205,8 +319,9 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     configuration.optimizer_config(config, total_steps=1)
     mesh = sharding.make_mesh(config["mesh"])
-    for key in ("batch_size", "eval_batch_size"):
-        sharding.check_batch_size(key, config[key], mesh)
+    for key in ("batch_size", "eval_batch_size", "micro_batch"):
+        if key != "micro_batch" or config[key]:
+            sharding.check_batch_size(key, config[key], mesh)
     recorded = workdir / "config.json"
     if config["mode"] == "train" and recorded.exists():
         check_same_config(config, recorded)
@@ -216,7 +331,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
     data = Data(config)
     evaluation = data.evaluation()
     if config["mode"] == "evaluate":
-        return _evaluate(config, workdir, model, loss, evaluation, mesh)
+        return _evaluate(config, workdir, model, loss, data, evaluation, mesh)
 
     training = data.training()
     total = config["steps"] or config["epochs"] * training.steps_per_epoch
@@ -231,19 +346,20 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
         state = checkpoints.restore(step, state)
         say(f"going on from checkpoint {step} of {total} in {workdir}")
     elif config["init_from"]:
-        loaded = _load(config["init_from"], model, state)
+        loaded = load_weights(config["init_from"], model, state)
         trained, frozen = optimizer.partition(loaded, rates)
         state = state._replace(trained=trained, frozen=frozen)
+    data.use_cache({**state.trained, **state.frozen}, rates, mesh)
     if jax.process_index() == 0 and not recorded.exists():
-        temporary = recorded.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, recorded)
+        files.write(recorded, json.dumps(config, indent=2) + "\n")
 
     writer = Writer(workdir, restored_step=step or 0)
     try:
         complete = train.train(
             state,
-            jax.jit(train.make_train_step(graphdef, rates, loss), donate_argnums=0),
+            train.jit_train_step(
+                train.make_train_step(graphdef, rates, loss, mesh, config["micro_batch"]), state
+            ),
             training=training,
             evaluation=evaluation,
             evaluator=evaluate.Evaluator(
@@ -267,7 +383,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> bool:
     return complete
 
 
-def summarise(workdir: pathlib.Path, split: str) -> None:
+def summarise(workdir: files.Path, split: str) -> None:
     """Prints the last evaluation's table, and the best one's where that is another."""
     results = [
         json.loads(path.read_text()) for path in (workdir / "evaluation").glob("*/metrics.json")
@@ -284,7 +400,7 @@ def summarise(workdir: pathlib.Path, split: str) -> None:
     say(f"\neverything is in {workdir}")
 
 
-def _load(
+def load_weights(
     source: str, model: SAVEConfig, state: checkpoint.TrainState, *, complete: bool = False
 ) -> Parameters:
     """All parameters: those that `source` holds, the rest as they are in `state`.
@@ -311,10 +427,11 @@ def _load(
 
 def _evaluate(
     config: dict[str, Any],
-    workdir: pathlib.Path,
+    workdir: files.Path,
     model: SAVEConfig,
     loss: LossConfig,
-    data: evaluate.EvaluationSet,
+    data: Data,
+    evaluation: evaluate.EvaluationSet,
     mesh: jax.sharding.Mesh,
 ) -> bool:
     graphdef, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
@@ -323,7 +440,8 @@ def _evaluate(
         source = checkpoint.find(source or workdir)
         step, params = checkpoint.load_parameters(source, {**state.trained, **state.frozen})
     else:
-        step, params = 0, _load(source, model, state, complete=True)
+        step, params = 0, load_weights(source, model, state, complete=True)
+    data.use_cache(params, optimizer.ALL_FROZEN, mesh)
     state = state._replace(trained=params, frozen={})
     workdir.mkdir(parents=True, exist_ok=True)
     writer = Writer(workdir, restored_step=None)
@@ -332,7 +450,7 @@ def _evaluate(
             state,
             step,
             f"checkpoint {source}",
-            data,
+            evaluation,
             evaluate.Evaluator(graphdef, mesh, config["eval_batch_size"], loss.local_weight),
             writer,
             workdir,
@@ -342,8 +460,8 @@ def _evaluate(
     return True
 
 
-def _parse(argv: list[str]) -> tuple[dict[str, Any], pathlib.Path]:
-    """The config and the workdir of a command line.
+def parse_config(argv: list[str]) -> dict[str, Any]:
+    """The config of a command line; the other flags have their values then.
 
     Raises:
         UserError: whatever is wrong with it.
@@ -372,9 +490,19 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], pathlib.Path]:
         raise UserError(_first_cause(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments: {' '.join(rest[1:])}")
+    return config
+
+
+def _parse(argv: list[str]) -> tuple[dict[str, Any], files.Path]:
+    """The config and the workdir of a command line.
+
+    Raises:
+        UserError: whatever is wrong with it.
+    """
+    config = parse_config(argv)
     if not WORKDIR.value:
         raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
-    return config, pathlib.Path(WORKDIR.value).absolute()
+    return config, files.path(WORKDIR.value)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -389,14 +517,17 @@ def _first_cause(error: BaseException) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Parses the command line and runs; returns the exit code.
+    """Parses the command line, joins the other processes if any, and runs; returns the exit code.
 
     0: complete. 1: training broke down. 2: a mistake in what the user gave us. 75: interrupted by
     a signal, with a checkpoint; the same command goes on.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     try:
-        complete = run(*_parse(argv))
+        config, workdir = _parse(argv)
+        processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
+        with processes.lost_peers_end_this_one():
+            complete = run(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,16 @@
 """Progress with the time left, and the writer of a run's scalars."""
 
 import json
-import os
 import pathlib
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 
 import jax
+
+from save_jax import files
 
 
 def duration(seconds: float) -> str:
@@ -52,10 +55,11 @@ class Writer:
     """Scalars of a run, to metrics.jsonl and to TensorBoard; only the first process writes.
 
     Going on after an interruption, lines beyond the restored step are dropped: they will be
-    written again. With `restored_step` None nothing is dropped.
+    written again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
+    there, both are written here first and copied by `sync`.
     """
 
-    def __init__(self, workdir: pathlib.Path, restored_step: int | None):
+    def __init__(self, workdir: files.Path, restored_step: int | None):
         self._events = self._lines = None
         if jax.process_index():
             return
@@ -71,12 +75,12 @@ class Writer:
                     continue  # cut off in the middle of a line
                 if restored_step is None or step <= restored_step:
                     kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        self._remote = workdir if files.is_remote(workdir) else None
+        self._here = pathlib.Path(tempfile.mkdtemp()) if self._remote else pathlib.Path(workdir)
+        files.write(self._here / "metrics.jsonl", "".join(kept))
+        self._lines = open(self._here / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
         purge_step = None if restored_step is None else restored_step + 1
-        self._events = SummaryWriter(str(workdir), purge_step=purge_step)
+        self._events = SummaryWriter(str(self._here), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line {"step": …, …} and one TensorBoard point a scalar."""
@@ -87,10 +91,21 @@ class Writer:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Copies what is written to the bucket; before a checkpoint, which vouches for it."""
+        if self._lines is None or self._remote is None:
+            return
+        self._events.flush()
+        for file in self._here.iterdir():
+            files.write(self._remote / file.name, file.read_bytes())
+
     def close(self) -> None:
         if self._lines is not None:
+            self.sync()
             self._lines.close()
             self._events.close()
+            if self._remote is not None:
+                shutil.rmtree(self._here)
 
 
 def warn(text: str) -> None:

@@ -1,13 +1,18 @@
 """The device mesh, and how arrays lie on it.
 
-One program, `jax.jit` over global arrays: parameters are replicated, batches are split along the
-mesh's data axis, and the compiler inserts the collectives. The same code runs on 1 device and 256.
+One program, `jax.jit` over global arrays: the compiler inserts the collectives, and the same code
+runs on 1 device and 256. A batch is split by rows over all devices. Parameters lie whole on every
+device of the "data" axis, and in slices along the "fsdp" axis, with the optimiser's state; a layer
+is put together where it is used (Rajbhandari et al. 2020, ZeRO stage 3).
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,21 +20,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.parameters import STACKED
 
-DATA = "data"  # the axis that splits the batch
+DATA, FSDP = "data", "fsdp"  # both split the batch; the second also splits the parameters
+LEAST_SLICED = 2**14  # elements; a smaller array (a bias) costs more to put together than to hold
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with named axes; a size of −1 takes the devices that the others leave.
+    """A mesh with the axes "data" and, if wanted, "fsdp".
+
+    Args:
+        axes: size by name; −1 takes the devices that the other leaves.
+        devices: what to build it of; None = all devices of all processes.
 
     Raises:
-        UserError: no axis is called "data", or the sizes do not multiply to the device count.
+        UserError: an axis is missing or unknown, or the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(axes)
-    if DATA not in sizes or list(sizes.values()).count(-1) > 1:
+    if DATA not in sizes or set(sizes) - {DATA, FSDP} or list(sizes.values()).count(-1) > 1:
         raise UserError(
-            f"config.mesh = {sizes}: expected an axis named 'data', and at most one size of -1"
+            f"config.mesh = {sizes}: expected an axis named 'data', perhaps one named 'fsdp', and "
+            "at most one size of -1"
         )
     known = int(np.prod([n for n in sizes.values() if n != -1]))
     for name, size in sizes.items():
@@ -54,20 +66,97 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    """The leading axis is split over all devices."""
+    return NamedSharding(mesh, _row_spec(mesh))
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where parameters, optimiser state or both lie: a sharding for each (abstract) array.
+
+    Args:
+        tree: arrays whose path ends in their parameter's name, as in a TrainState.
+        mesh: devices.
+    """
+
+    def place(path: tuple, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        layers = int(STACKED in jax.tree_util.keystr(path))
+        return NamedSharding(
+            mesh, PartitionSpec(*[None] * layers, *_slice_spec(x.shape[layers:], mesh))
+        )
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _row_spec(mesh: Any) -> PartitionSpec:
+    return PartitionSpec(tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape))
+
+
+def _slice_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """How one layer's parameter is sliced: along its longest axis that the fsdp axis divides."""
+    parts = mesh.shape.get(FSDP, 1)
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < LEAST_SLICED or not divisible:
+        return PartitionSpec()
+    longest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * longest, FSDP)
+
+
+#### Inside a compiled function: where intermediate results should lie.
+
+
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Within it, while a function is traced, the constraints below refer to this mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)
+
+
+def by_rows(tree: Any) -> Any:
+    """Asks that arrays be split by rows, as the batch is. Without a mesh, nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.tree.map(lambda x: _constrain(x, _row_spec(mesh)), tree)
+
+
+def everywhere(tree: Any) -> Any:
+    """Asks that every device hold the whole arrays. Without a mesh, nothing happens."""
+    return jax.tree.map(lambda x: _constrain(x, PartitionSpec()), tree)
+
+
+def put_together(tree: Any) -> Any:
+    """Sliced parameters of one layer, whole; their gradients come back in the same slices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(FSDP, 1) == 1:
+        return tree
+    return jax.tree.map(lambda x: _whole(x, _slice_spec(x.shape, mesh)), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(x: jax.Array, slices: PartitionSpec) -> jax.Array:
+    return _constrain(x, PartitionSpec())
+
+
+def _whole_forward(x: jax.Array, slices: PartitionSpec) -> tuple[jax.Array, None]:
+    return _whole(x, slices), None
+
+
+def _whole_backward(slices: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # A constraint's own transpose would ask for the whole gradient on every device.
+    return (_constrain(gradient, slices),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless the global batch divides over the data axis and the processes."""
-    shards = mesh.shape[DATA]
-    if batch_size <= 0 or batch_size % shards or batch_size % jax.process_count():
-        unit = math.lcm(shards, jax.process_count())
-        above = max(1, -(-batch_size // unit)) * unit
+    """Raises UserError unless the global batch divides over the devices."""
+    if batch_size <= 0 or batch_size % mesh.size:
+        above = max(1, -(-batch_size // mesh.size)) * mesh.size
         raise UserError(
-            f"config.{name} = {batch_size} does not divide over the {shards} devices of the data "
-            f"axis in {jax.process_count()} process(es): expected a "
-            f"multiple of {unit}, say {above}"
+            f"config.{name} = {batch_size} does not divide over the {mesh.size} devices of the "
+            f"mesh: expected a multiple of {mesh.size}, say {above}"
         )
 
 
@@ -76,6 +165,14 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+    )
+
+
+def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:
+    """What `put_batch` gives for a global batch of these shapes; nothing is put anywhere."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding), shapes
     )
 
 

@@ -1,7 +1,6 @@
 """The training step and the training loop."""
 
 import collections
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from save_jax import evaluate, metrics, objectives, optimizer, parameters, sharding
+from save_jax import blocks, evaluate, files, metrics, objectives, optimizer, parameters, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import Checkpoints, TrainState
 from save_jax.errors import NonFiniteLossError
@@ -21,6 +20,8 @@ from save_jax.models import save
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from save_jax.progress import Writer, duration, say
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 LOG_EACH_UP_TO = 100  # steps; shorter runs log every step
 
@@ -39,13 +40,10 @@ class TrainingSet(NamedTuple):
     clip_name: Callable[[int], str]
 
 
-def create_state(
-    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, TrainState]:
-    """A fresh state on the mesh; a function of the seed only, not of the mesh."""
-
-    # The structure is found without computing anything; the arrays are made where they will live.
-    graphdef, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
+def _initialise(
+    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int
+) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    """The model's structure, and the function that makes a fresh state."""
 
     def init() -> TrainState:
         _, params = parameters.split(save.create(model, seed))
@@ -53,47 +51,87 @@ def create_state(
         opt_state = optimizer.make_optimizer(optimizer_config).init(trained)
         return TrainState(jnp.zeros((), jnp.int32), trained, frozen, opt_state)
 
-    return graphdef, jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    graphdef, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
+    return graphdef, init
+
+
+def abstract_state(
+    model: save.SAVEConfig, optimizer_config: OptimizerConfig, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The shapes of a state, and where its arrays lie; nothing is computed."""
+    graphdef, init = _initialise(model, optimizer_config, seed=0)
+    shapes = jax.eval_shape(init)
+    return graphdef, jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+
+
+def create_state(
+    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """A fresh state on the mesh; a function of the seed only, not of the mesh."""
+    graphdef, init = _initialise(model, optimizer_config, seed)
+    places = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    return graphdef, jax.jit(init, out_shardings=places)()  # made where they will live
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer_config: OptimizerConfig, loss_config: LossConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    graphdef: nnx.GraphDef,
+    optimizer_config: OptimizerConfig,
+    loss_config: LossConfig,
+    mesh: jax.sharding.Mesh,
+    micro_batch: int = 0,
+) -> TrainStep:
     """The training step, to be compiled: (state, global batch) -> (state, scalars).
 
     The gradient is taken of the trained parameters only: a frozen encoder keeps no activations.
+
+    Args:
+        graphdef: the model's structure.
+        optimizer_config: rates and schedule.
+        loss_config: constants of the losses.
+        mesh: devices.
+        micro_batch: clips, over all devices, that are encoded at a time; 0 = all of the batch. The
+            losses are of the whole batch either way, and so is the gradient; less memory is paid
+            for with a second forward pass (gradient caching, `save_jax.blocks`).
     """
     tx = optimizer.make_optimizer(optimizer_config)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss_fn(trained: parameters.Parameters) -> tuple[jax.Array, objectives.Losses]:
-            model: save.SAVE = parameters.merge(graphdef, {**trained, **state.frozen})
-            text, video = model(batch)
-            usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
-            losses = objectives.losses(
-                text,
-                video,
-                batch.teacher_video,
-                batch.teacher_audio,
-                usable,
-                model.clip.logit_scale[...],
-                loss_config,
-            )
-            return losses.total, losses
+    def loss_fn(
+        trained: parameters.Parameters, frozen: parameters.Parameters, batch: Batch
+    ) -> tuple[jax.Array, objectives.Losses]:
+        params = {
+            # Stacked ones are put together layer by layer, where they are used.
+            name: x if parameters.STACKED in name else sharding.put_together(x)
+            for name, x in {**trained, **frozen}.items()
+        }
+        model: save.SAVE = parameters.merge(graphdef, params)
+        size = len(batch.index)
+        # The model leaves the teacher alone.
+        inputs = batch._replace(teacher_video=None, teacher_audio=None)
+        text, video = blocks.join(
+            blocks.map_blocks(model, inputs, size // micro_batch if micro_batch else 1)
+        )
+        usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
+        losses = objectives.losses(
+            *(text, video, batch.teacher_video, batch.teacher_audio, usable),
+            model.clip.logit_scale[...],
+            loss_config,
+            mesh.size,
+        )
+        return losses.total, losses
 
-        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with sharding.on_mesh(mesh):
+            grads, losses = jax.grad(loss_fn, has_aux=True)(state.trained, state.frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        trained = (
-            {
-                **trained,
-                "clip.logit_scale": jnp.minimum(
-                    trained["clip.logit_scale"], optimizer.MAX_LOGIT_SCALE
-                ),
-            }
-            if "clip.logit_scale" in trained
-            else trained
-        )
+        if "clip.logit_scale" in trained:
+            trained["clip.logit_scale"] = jnp.minimum(
+                trained["clip.logit_scale"], optimizer.MAX_LOGIT_SCALE
+            )
         scalars = {
             "loss": losses.total,
             "contrastive": losses.contrastive,
@@ -105,11 +143,30 @@ def make_train_step(
     return train_step
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in, with a checkpoint."""
+def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:
+    """The training step as it runs: a state's arrays are given up, and the next lie like them.
 
-    def __init__(self) -> None:
+    Args:
+        train_step: see `make_train_step`.
+        state: a state or an abstract one, on its mesh.
+    """
+    mesh = state.step.sharding.mesh
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask all processes to stop after the same step, with a checkpoint.
+
+    A signal may reach one process only, and not at the same step everywhere. So with every step
+    the processes vote, and act upon a vote when they read that step's results.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.signal: signal.Signals | None = None
+        self.agreed = False
+        self._by_device = sharding.batch_sharding(mesh)
+        self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -117,6 +174,17 @@ class StopRequest:
         del frame
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is immediate
+
+    def vote(self) -> jax.Array | None:
+        """This step's vote, to be counted later; None where there is nobody to vote with."""
+        if jax.process_count() == 1:
+            return None
+        mine = np.full(len(jax.local_devices()), self.signal is not None)
+        return self._any(jax.make_array_from_process_local_data(self._by_device, mine))
+
+    def count(self, vote: jax.Array | None) -> None:
+        """Waits for a vote, and notes its outcome."""
+        self.agreed |= bool(vote) if vote is not None else self.signal is not None
 
 
 def check_finite(
@@ -152,7 +220,7 @@ def train(
     writer: Writer,
     mesh: jax.sharding.Mesh,
     optimizer_config: OptimizerConfig,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     batch_size: int,
     eval_every: int,
     checkpoint_every: int,
@@ -182,16 +250,19 @@ def train(
     total, per_epoch = optimizer_config.total_steps, training.steps_per_epoch
     log_every = 1 if total <= LOG_EACH_UP_TO else log_every
     first = int(state.step)
-    stop = StopRequest()
+    stop = StopRequest(mesh)
 
     #### One step behind: reading a step's scalars must not keep the device waiting.
-    pending: collections.deque[tuple[int, dict[str, jax.Array], np.ndarray]] = collections.deque()
+    pending: collections.deque[tuple[int, dict[str, jax.Array], np.ndarray, jax.Array | None]] = (
+        collections.deque()
+    )
     clock_step, clock = first, time.monotonic()
 
     def settle() -> None:
         nonlocal clock, clock_step
-        step, device_scalars, index = pending.popleft()
+        step, device_scalars, index, vote = pending.popleft()
         scalars = {k: float(v) for k, v in device_scalars.items()}
+        stop.count(vote)
         check_finite(step, scalars, index, training, checkpoints)
         if step % log_every and step != total:
             return
@@ -220,14 +291,14 @@ def train(
     for step in range(first + 1, total + 1):
         host, batch = next(batches)
         state, scalars = train_step(state, batch)
-        pending.append((step, scalars, host.index))
+        pending.append((step, scalars, host.index, stop.vote()))
         if len(pending) > 1:
             settle()
 
         #### Evaluate and save; a checkpoint is only written of a step known to be sound.
         last = step == total
         evaluates = last or step % (per_epoch * eval_every) == 0
-        if evaluates or stop.signal or (checkpoint_every and step % checkpoint_every == 0):
+        if evaluates or stop.agreed or (checkpoint_every and step % checkpoint_every == 0):
             while pending:
                 settle()
             paused = time.monotonic()
@@ -235,12 +306,14 @@ def train(
             if evaluates:
                 name = f"after epoch {step / per_epoch:g}" + (" (the last step)" if last else "")
                 result = run_evaluation(state, step, name, evaluation, evaluator, writer, workdir)
+            writer.sync()
             checkpoints.save(state, step, result["t2v"] if result else None)
             clock += time.monotonic() - paused
-        if stop.signal and not last:
+        if stop.agreed and not last:
             checkpoints.wait()
+            name = stop.signal.name if stop.signal else "a signal to another process"
             say(
-                f"{stop.signal.name}: stopped after step {step} of {total}, checkpoint written; "
+                f"{name}: stopped after step {step} of {total}, checkpoint written; "
                 "the same command goes on from there"
             )
             return False
@@ -255,7 +328,7 @@ def run_evaluation(
     data: evaluate.EvaluationSet,
     evaluator: evaluate.Evaluator,
     writer: Writer,
-    workdir: pathlib.Path,
+    workdir: files.Path,
 ) -> dict:
     """Evaluates a state, writes evaluation/STEP, scalars and the table; returns the metrics."""
     scores, result = evaluator.evaluate({**state.trained, **state.frozen}, data)

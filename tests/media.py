@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,12 +42,14 @@ def write_video(
     sound_layout: str = "mono",
     options: dict[str, str] | None = None,
     clockwise: int = 0,
+    pixel_format: str = "yuv420p",
+    times: Sequence[int] | None = None,
 ) -> Path:
     """Writes a video file.
 
     Args:
         path: where to; its ending decides the container.
-        frames: uint8 [height, width, 3] each, of even sides.
+        frames: uint8 [height, width, 3] each, of even sides if the pixel format halves colours.
         fps: frames a second.
         codec: name of FFmpeg's video encoder; "" = no video track.
         sound: float32 [channels, samples] in [-1, 1], or None for no audio track.
@@ -54,15 +57,17 @@ def write_video(
         sound_layout: "mono", "stereo", …, of as many channels.
         options: options of the container, such as movflags.
         clockwise: degrees by which a player should turn the picture, for MP4.
+        pixel_format: how the codec is to store pixels.
+        times: when each frame is shown, in 1/fps; none means one after the other.
     """
     with av.open(str(path), "w", options=options or {}) as container:
         streams = []
         if codec:
             video = container.add_stream(codec, rate=Fraction(fps))
             video.height, video.width = frames[0].shape[:2]
-            video.pix_fmt = "yuv420p"
+            video.pix_fmt = pixel_format
             video.bit_rate = 2_000_000
-            streams.append((video, (av.VideoFrame.from_ndarray(f, format="rgb24") for f in frames)))
+            streams.append((video, _timed(frames, Fraction(fps), times)))
         if sound is not None:
             opus = str(path).endswith(".webm")
             audio = container.add_stream(
@@ -97,6 +102,16 @@ def tone(seconds: float, hertz: float = 440.0, rate: int = 16000) -> np.ndarray:
     """A tone of amplitude 0.5: float32 [samples]."""
     time = np.arange(round(seconds * rate)) / rate
     return (0.5 * np.sin(2 * np.pi * hertz * time)).astype(np.float32)
+
+
+def _timed(
+    frames: list[np.ndarray], fps: Fraction, times: Sequence[int] | None
+) -> Iterator[av.VideoFrame]:
+    for number, pixels in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        if times is not None:
+            frame.pts, frame.time_base = times[number], 1 / fps
+        yield frame
 
 
 def _turn(path: Path, clockwise: int) -> None:

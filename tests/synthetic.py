@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from save_jax.batch import Batch
@@ -64,6 +65,11 @@ def rows(batch: Batch, order: np.ndarray) -> Batch:
     return Batch(*[None if a is None else a[order] for a in batch])
 
 
+def share(order: np.ndarray) -> np.ndarray:
+    """This process's part of a global batch, as the input pipeline cuts it."""
+    return np.array_split(order, jax.process_count())[jax.process_index()]
+
+
 def training_set(batch_size: int, data: Batch | None = None) -> TrainingSet:
     """Batches whose order is a function of the epoch."""
     data = clips() if data is None else data
@@ -73,7 +79,7 @@ def training_set(batch_size: int, data: Batch | None = None) -> TrainingSet:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
             order = np.random.default_rng([7, epoch]).permutation(len(data.index))
-            yield rows(data, order[within * batch_size : (within + 1) * batch_size])
+            yield rows(data, share(order[within * batch_size : (within + 1) * batch_size]))
 
     return TrainingSet(batches, per_epoch, lambda row: f"clip{row}")
 
@@ -87,7 +93,7 @@ def evaluation_set(batch_size: int, count: int = 11) -> EvaluationSet:
 
     def batches() -> Iterator[Batch]:
         for start in range(0, count, batch_size):
-            order = np.arange(start, start + batch_size)
+            order = share(np.arange(start, start + batch_size))
             batch = rows(data, order % count)._replace(caption_ids=None)
             yield batch._replace(index=np.where(order < count, order, -1).astype(np.int32))
 

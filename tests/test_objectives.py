@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from save_jax import objectives
 from save_jax.models.save import VideoEmbedding
 from save_jax.objectives import (
     LossConfig,
@@ -92,15 +94,20 @@ def test_equals_the_reference_with_gradients(scale, delta):
         assert error <= 1e-4 * np.abs(np.asarray(value)).max(), name
 
 
+def square_margin(text, visual, delta):
+    """The margin of every caption with every video of a batch."""
+    return adaptive_margin(text, visual, text, visual, jnp.eye(len(text)) > 0, 0.2, delta)
+
+
 def test_margin_by_hand():
     text = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
-    margin = adaptive_margin(text, text[jnp.array([0, 0, 0])], 0.2, 0.1)
+    margin = square_margin(text, text[jnp.array([0, 0, 0])], 0.1)
     # t·t is 0, 0.8 and 0.6, g·g is 1: β(1 − (t·t + 1)/2) = 0.1, 0.02 and 0.04.
     expected = [[0, 0.1, 0.02], [0.1, 0, 0.04], [0.02, 0.04, 0]]
     np.testing.assert_allclose(margin, expected, atol=1e-6)
     opposite = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
-    np.testing.assert_allclose(adaptive_margin(opposite, opposite, 0.2, 0.1)[0, 1], 0.1)
-    gradient = jax.grad(lambda t: adaptive_margin(t, t, 0.2, 1.0).sum())(text)
+    np.testing.assert_allclose(square_margin(opposite, opposite, 0.1)[0, 1], 0.1)
+    gradient = jax.grad(lambda t: square_margin(t, t, 1.0).sum())(text)
     assert not gradient.any()
 
 
@@ -116,10 +123,58 @@ def test_switches():
 
 
 def test_contrastive_loss_by_hand():
-    logits = jnp.array([[2.0, 0.0], [1.0, 1.0]])
-    rows = (np.log(1 + np.exp(-2)) + np.log(2)) / 2
-    columns = (np.log(1 + np.exp(-1)) + np.log(1 + np.exp(-1))) / 2
-    np.testing.assert_allclose(contrastive_loss(logits), (rows + columns) / 2, rtol=1e-6)
+    # One frame a video: local and global similarity are both the cosine, times the scale e⁰ = 1.
+    text = jnp.array([[1.0, 0.0], [0.8, 0.6]])
+    frames = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    video = VideoEmbedding(frames, frames, None, jnp.ones((2, 1), bool))
+    loss = contrastive_loss(text, video, jnp.zeros(()), LossConfig(margin_delta=0.0))
+    logits = np.array([[1.0, 0.0], [0.8, 0.6]])
+    rows = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    columns = np.log(np.exp(logits).sum(0)) - np.diag(logits)
+    np.testing.assert_allclose(loss, (rows.mean() + columns.mean()) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 48 * 48 * 4 // 3])
+def test_blocks_do_not_change_the_losses(monkeypatch, most):
+    arrays = data(clips=48)
+    whole, gradient = run(arrays)
+    monkeypatch.setattr(objectives, "MOST_SCORES", most)
+    _run.clear_cache()
+    blocks, gradient_of_blocks = run(arrays)
+    _run.clear_cache()
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5)
+    for name in gradient:
+        np.testing.assert_allclose(gradient_of_blocks[name], gradient[name], atol=1e-5)
+
+
+def sizes_of(jaxpr) -> list[int]:
+    """Elements of every array that a program makes, those of its inner programs included."""
+    sizes = []
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars]
+        for inner in jaxprs_in_params(equation.params):
+            sizes += sizes_of(inner)
+    return sizes
+
+
+def test_no_array_of_all_pairs_and_frames_is_ever_made(monkeypatch):
+    clips, frames, dim = 48, 4, 16
+    arrays = data(clips, frames, dim)
+    names = ("mask", "teacher_video", "teacher_audio", "usable")
+
+    def total(parts, mask, *teacher):
+        text, fused, visual, audio = parts
+        video = VideoEmbedding(fused, visual, audio, mask)
+        return losses(text, video, *teacher, jnp.float32(2.66), LossConfig()).total
+
+    def largest():
+        parts = tuple(arrays[name] for name in NAMES)
+        program = jax.make_jaxpr(jax.grad(total))(parts, *(arrays[name] for name in names))
+        return max(sizes_of(program.jaxpr))
+
+    assert largest() >= clips * clips * frames  # small enough for one block
+    monkeypatch.setattr(objectives, "MOST_SCORES", clips * frames * 8)
+    assert largest() <= clips * frames * dim
 
 
 def test_the_order_of_the_batch_is_immaterial():

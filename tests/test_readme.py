@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from tests import msrvtt_miniature
+from tests import miniatures
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = {
@@ -44,7 +44,7 @@ def test_the_readme_has_the_commands_that_matter():
 def run(tmp_path_factory):
     """Runs one command of the README in a shell; its Python is the one of these tests."""
     folder = tmp_path_factory.mktemp("readme")
-    msrvtt_miniature.make(folder / "msrvtt", n_train=3, n_test=2)
+    miniatures.msrvtt(folder / "msrvtt", n_train=3, n_test=2)
     # A run of its own: one device, as compiled as ever, whatever conftest.py wants of the others.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"

@@ -11,10 +11,12 @@ from tests import synthetic
 
 def test_minus_one_takes_the_remaining_devices():
     assert sharding.make_mesh({"data": -1}).shape == {"data": 8}
-    assert sharding.make_mesh({"data": -1, "model": 2}).shape == {"data": 4, "model": 2}
+    assert sharding.make_mesh({"data": -1, "fsdp": 2}).shape == {"data": 4, "fsdp": 2}
 
 
-@pytest.mark.parametrize("axes", [{"data": 3}, {"model": 8}, {"data": -1, "model": -1}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 3}, {"fsdp": 8}, {"data": -1, "fsdp": -1}, {"data": -1, "model": 2}]
+)
 def test_a_mesh_that_does_not_fit_is_refused(axes):
     with pytest.raises(UserError, match=r"config\.mesh"):
         sharding.make_mesh(axes)

@@ -16,7 +16,7 @@ from save_jax.checkpoint import Checkpoints, load_parameters
 from save_jax.errors import NonFiniteLossError
 from save_jax.optimizer import OptimizerConfig
 from tests import synthetic
-from tests.training import RATES, program, run
+from tests.training import FIVE, RATES, program, run
 
 
 def lines(workdir) -> list[dict]:
@@ -33,9 +33,8 @@ def assert_identical(a, b):
 
 
 def test_losses_agree_on_one_and_eight_devices(tmp_path):
-    five = OptimizerConfig(**{**vars(RATES), "total_steps": 5})
-    run(tmp_path / "1", rates=five)
-    run(tmp_path / "8", rates=five, devices=8)
+    run(tmp_path / "1", rates=FIVE)
+    run(tmp_path / "8", rates=FIVE, devices=8)
     one, eight = losses(tmp_path / "1"), losses(tmp_path / "8")
     assert len(one) == 5 and one[0] != one[4]
     np.testing.assert_allclose(one, eight, atol=1e-5)

@@ -2,9 +2,12 @@
 
 As a program, `python -m tests.training WORKDIR MOMENT` trains and kills itself with SIGKILL at a
 moment: "never", "step" (in the middle of an epoch), "write" (a checkpoint is written but not yet
-committed) or "evaluation" (its files half written).
+committed) or "evaluation" (its files half written). At the moment "term" it is sent SIGTERM
+instead. With `COORDINATOR PROCESSES ID` after them, it is one process of several. The exit code is
+75 when it was interrupted, as the main program's.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -13,7 +16,7 @@ import sys
 
 import jax
 
-from save_jax import evaluate, sharding, train
+from save_jax import evaluate, processes, sharding, train
 from save_jax.checkpoint import Checkpoints
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
@@ -21,6 +24,7 @@ from save_jax.progress import Writer
 from tests import synthetic
 
 RATES = OptimizerConfig(clip=1e-3, clip_stem=1e-3, ast_norm=1e-3, new=1e-3, total_steps=12)
+FIVE = dataclasses.replace(RATES, total_steps=5)
 BATCH = 8
 
 
@@ -33,7 +37,7 @@ def program(rates: OptimizerConfig, devices: int):
     """What one mesh and one set of rates compile to; every test of them shares it."""
     mesh = mesh_of(devices)
     graphdef, state = train.create_state(synthetic.MODEL, rates, 0, mesh)
-    step = jax.jit(train.make_train_step(graphdef, rates, LossConfig()))
+    step = jax.jit(train.make_train_step(graphdef, rates, LossConfig(), mesh))
     return mesh, state, step, evaluate.Evaluator(graphdef, mesh, BATCH, 0.5)
 
 
@@ -96,8 +100,9 @@ def die(*args, **kwargs) -> None:
 
 def arm(moment: str) -> None:
     """Arranges for SIGKILL at a moment."""
-    if moment == "step":
+    if moment in ("step", "term"):
         original = synthetic.training_set
+        end = die if moment == "step" else functools.partial(os.kill, os.getpid(), signal.SIGTERM)
 
         def dying(*args, **kwargs):
             training = original(*args, **kwargs)
@@ -105,7 +110,7 @@ def arm(moment: str) -> None:
             def batches(start, steps):
                 for number, batch in enumerate(training.batches(start, steps), start):
                     if number == 10:
-                        die()
+                        end()
                     yield batch
 
             return training._replace(batches=batches)
@@ -124,10 +129,24 @@ def arm(moment: str) -> None:
         atomicity.AtomicRenameTemporaryPath.finalize = dying_finalize
     elif moment == "evaluation":
         evaluate.np.save = die  # similarity.npy is the first of an evaluation's files
-    elif moment != "never":
+    elif moment not in ("never", "five"):
         raise ValueError(moment)
 
 
+def main(workdir: str, moment: str, *others: str) -> int:
+    if others:
+        coordinator, count, number = others
+        processes.join(coordinator, int(count), int(number))
+    arm(moment)
+    with processes.lost_peers_end_this_one():
+        final = run(pathlib.Path(workdir), devices=jax.device_count(), rates=rates_of(moment))
+    return 0 if int(final.step) == rates_of(moment).total_steps else os.EX_TEMPFAIL
+
+
+def rates_of(moment: str) -> OptimizerConfig:
+    """Five steps are enough where only the numbers are asked for."""
+    return FIVE if moment == "five" else RATES
+
+
 if __name__ == "__main__":
-    arm(sys.argv[2])
-    run(pathlib.Path(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,8 +1,12 @@
 """The data sets that preparation knows, by name.
 
-A data set is a module with `VARIANTS: tuple[str, ...]`, the first being the default, and
-`read_annotations(root, variant) -> dict[split name, list[Clip]]`, which raises UserError naming
-every file it looked for and did not find.
+A data set is a module with
+
+- `VARIANTS: tuple[str, ...]`, the first being the default;
+- `RECIPE: dict[str, int]`, the fields of Recipe that this data set wants other than the default;
+- `read_annotations(root, variant) -> Annotations`, which raises UserError naming every file it
+  looked for and did not find. Transcripts are not read there;
+- `asr_file(root) -> str`, where its layout keeps what speech recognition heard, if anywhere.
 """
 
 import importlib
@@ -12,8 +16,8 @@ from save_jax.errors import UserError
 
 # Modules are named, not imported, so that using one data set never pays for, or fails by, another.
 DATASETS = {
-    "demo": "data_pipelines.datasets.demo",
-    "msrvtt": "data_pipelines.datasets.msrvtt",
+    name: f"data_pipelines.datasets.{name}"
+    for name in ("charades", "demo", "folder", "lsmdc", "msrvtt", "vatex")
 }
 
 

@@ -1,6 +1,7 @@
-"""One clip as a data set's annotations describe it, before any media is read."""
+"""The clips of a data set as its annotations describe them, before any media is read."""
 
 import dataclasses
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,26 +12,45 @@ class Clip:
 
     Attributes:
         video_id: the data set's own name of the clip, unique in its split.
-        video: path of the video file, which may not exist.
-        audio: path of an existing .wav to prefer over the video's own track; None = the video's.
-        transcript: what is said in the clip; "" = none.
+        video: path of the video file, which may not exist; or of a folder of images, all of which,
+            in the order of their names, are candidates for frames.
+        audio: path of an existing file to prefer over the video's own track; None = the video's.
         captions: the clip's captions; may be empty for a clip that is only searched.
         groups: one per caption, the group its results are also reported under; "" = ungrouped.
         teacher_video: path of a .pt or .npy vector of the clip's video; None = absent.
         teacher_audio: the same of its audio.
+        transcript: what is said in the clip; "" = nothing, or not known yet: annotations do not
+            hold it, preparation fills it in.
     """
 
     video_id: str
     video: str
     audio: str | None
-    transcript: str
     captions: tuple[str, ...]
     groups: tuple[str, ...]
     teacher_video: str | None
     teacher_audio: str | None
+    transcript: str = ""
 
     def __post_init__(self):
         if len(self.groups) != len(self.captions):
             raise ValueError(
                 f"clip {self.video_id!r}: {len(self.captions)} captions, {len(self.groups)} groups"
             )
+
+
+# What was found that should not be, but stops nothing: the split it is in, or ""; a clip's id, or a
+# file; and what is wrong, in words.
+Problem = tuple[str, str, str]
+
+
+class Annotations(NamedTuple):
+    """What a data set module reads.
+
+    Attributes:
+        splits: the clips of each split, in the order of the annotations.
+        problems: of the annotations and the folders, not of what is in the media.
+    """
+
+    splits: dict[str, list[Clip]]
+    problems: tuple[Problem, ...] = ()

@@ -33,9 +33,9 @@ MISSED_SHARE = 0.05
 # drawn from all families alike.
 CORRESPONDENCE = 0.5
 # Captions a clip gets, by split and group, where the group applies. In training, what is seen is
-# learnt within a hundred steps, and then crowds out what is harder: said things get more captions.
+# learnt within a hundred steps, and then crowds out what is harder: that gets more captions.
 PARAPHRASES = {
-    "train": {"vision": 1, "sound": 4, "speech": 6, "sound+speech": 4},
+    "train": {"vision": 2, "sound": 6, "speech": 6, "sound+speech": 4},
     "test": {"vision": 1, "sound": 1, "speech": 1, "sound+speech": 1},
 }
 

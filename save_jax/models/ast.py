@@ -79,7 +79,11 @@ class AST(nnx.Module):
         self.norm = layers.layer_norm(width, EPSILON, dtype, rngs)
 
     def __call__(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
-        """[mean of class and distillation tokens; patch tokens], then the final LayerNorm."""
+        """The trunk's states, then the final LayerNorm."""
+        return self.norm(self.trunk(fbank))
+
+    def trunk(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
+        """[mean of class and distillation tokens; patch tokens]: all that comes before `norm`."""
         # The trunk sees an image of frequency (rows) × time (columns) with one channel.
         x = self.patch_embed(fbank.swapaxes(1, 2)[..., None])
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -87,4 +91,4 @@ class AST(nnx.Module):
         tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape))
         x = jnp.concatenate([tokens, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         x = self.blocks(x)
-        return self.norm(jnp.concatenate([x[:, :2].mean(1, keepdims=True), x[:, 2:]], axis=1))
+        return jnp.concatenate([x[:, :2].mean(1, keepdims=True), x[:, 2:]], axis=1)

@@ -13,8 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from save_jax import sharding
+
 Initializer = nnx.Initializer
 Activation = Callable[[Array], Array]
+
+# What a block keeps for the backward pass: everything; the results of its matrix products with
+# parameters; nothing but its input, so that all of it is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
+ATTENTION_KERNELS = ("xla", "cudnn")  # the second: fused, NVIDIA only, bfloat16 only
 
 INIT_STD = 0.02  # of what starts from nothing (spec section 7); it belongs to a width near 512
 
@@ -70,15 +81,22 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         init: BlockInit | None = None,
+        bias_kv: bool = False,
     ):
         init = init or BlockInit.normal()
         if width % heads:
             raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
         self.heads = heads
+        self.kernel = ATTENTION_KERNELS[0]
         self.in_proj = nnx.Linear(
             width, 3 * width, kernel_init=init.in_proj, dtype=dtype, rngs=rngs
         )
         self.out_proj = nnx.Linear(width, width, kernel_init=init.out_proj, dtype=dtype, rngs=rngs)
+        self.bias_kv = bias_kv
+        if bias_kv:
+            # One more key and value, learned and the same for every input, as ImageBind has.
+            self.bias_k = nnx.Param(nnx.initializers.normal(INIT_STD)(rngs.params(), (width,)))
+            self.bias_v = nnx.Param(nnx.initializers.normal(INIT_STD)(rngs.params(), (width,)))
 
     def __call__(
         self,
@@ -96,9 +114,18 @@ class Attention(nnx.Module):
             q = x @ kernel[:, :width].astype(dtype) + bias[:width].astype(dtype)
             kv = context @ kernel[:, width:].astype(dtype) + bias[width:].astype(dtype)
             k, v = jnp.split(kv, 2, axis=-1)
+        if self.bias_kv:
+            k, v = _append(k, self.bias_k[...]), _append(v, self.bias_v[...])
         q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=self.kernel)
         return self.out_proj(out.reshape(x.shape))
+
+
+def _append(
+    x: Float[Array, "batch tokens width"], token: Float[Array, " width"]
+) -> Float[Array, "batch tokens+1 width"]:
+    last = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+    return jnp.concatenate([x, last], axis=1)
 
 
 class MLP(nnx.Module):
@@ -152,10 +179,11 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         init: BlockInit | None = None,
         causal: bool = False,
+        bias_kv: bool = False,
     ):
         self.causal = causal
         self.ln_1 = layer_norm(width, epsilon, dtype, rngs)
-        self.attn = Attention(width, heads, dtype=dtype, rngs=rngs, init=init)
+        self.attn = Attention(width, heads, dtype=dtype, rngs=rngs, init=init, bias_kv=bias_kv)
         self.ln_2 = layer_norm(width, epsilon, dtype, rngs)
         self.mlp = MLP(width, activation=activation, dtype=dtype, rngs=rngs, init=init)
 
@@ -168,11 +196,13 @@ class Stack(nnx.Module):
     """`depth` blocks of one kind, their parameters stacked along a leading layer axis.
 
     One `lax.scan` runs them: the program holds one block's code whatever the depth, which keeps
-    the compile time of twelve layers near that of one.
+    the compile time of twelve layers near that of one. Parameters that are sliced over devices
+    (`save_jax.sharding`) are put together one layer at a time.
     """
 
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
         self.depth = depth
+        self.remat = "none"
         create = nnx.split_rngs(splits=depth)(nnx.vmap(make_block, in_axes=0, out_axes=0))
         self.layer = create(rngs)
 
@@ -183,9 +213,27 @@ class Stack(nnx.Module):
         graphdef, layers = nnx.split(self.layer)
 
         def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, *context), None
+            block = nnx.merge(graphdef, sharding.put_together(layer))
+            return block(sharding.by_rows(x), *context), None
 
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(body, x, layers)[0]
+
+
+def set_execution(model: nnx.Module, *, remat: str, attention: str) -> None:
+    """Decides, in place, how a model is computed; what it computes stays the same.
+
+    Args:
+        model: any model made of the layers above.
+        remat: one of REMAT_POLICIES, for every Stack.
+        attention: one of ATTENTION_KERNELS, for every Attention.
+    """
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, Stack):
+            module.remat = remat
+        elif isinstance(module, Attention):
+            module.kernel = attention
 
 
 def patches(

@@ -40,6 +40,9 @@ class SAVEConfig:
         init_std: standard deviation of the weights that start from nothing. Narrow models want
             more: at width 64, 0.02 leaves the gates all but shut.
         dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
+        remat: what is computed again in the backward pass (`layers.REMAT_POLICIES`): memory for
+            time, the results are the same.
+        attention: which kernel computes attention (`layers.ATTENTION_KERNELS`).
     """
 
     clip: CLIPConfig = CLIPConfig()
@@ -52,6 +55,8 @@ class SAVEConfig:
     audio_queries: int = 12
     init_std: float = layers.INIT_STD
     dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
 
     @property
     def fusion_heads(self) -> int:
@@ -115,6 +120,7 @@ class SAVE(nnx.Module):
             self.speech_fusion = GatedFusion(
                 width, heads, depth, init_std=config.init_std, dtype=dtype, rngs=rngs
             )
+        layers.set_execution(self, remat=config.remat, attention=config.attention)
 
     def encode_text(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
         """Captions as vectors, not normalised."""
@@ -131,27 +137,48 @@ class SAVE(nnx.Module):
 
     def encode_audio(
         self, fbank: Float[Array, "batch time mel"]
-    ) -> Float[Array, "batch tokens dim"]:
-        """Sound as tokens in the shared space: AST's states, projected."""
-        return self.audio_projection(self.ast(fbank.astype(self.dtype)))
+    ) -> Float[Array, "batch tokens width"]:
+        """Sound as states of AST's trunk: what comes before its LayerNorm, which may train."""
+        return self.ast.trunk(fbank.astype(self.dtype))
+
+    def encode_speech(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens dim"]:
+        """Transcripts as projected token states, padding included."""
+        return self.clip.text(ids)
 
     def encode_video(self, batch: Batch) -> VideoEmbedding:
-        """Everything a video has, merged into its frames (spec sections 2 to 5)."""
-        v = self.encode_frames(batch.frames, batch.frame_mask)
+        """Everything a video has, merged into its frames (spec sections 2 to 5).
+
+        What a frozen encoder makes of it may be in the batch already (`save_jax.cache`).
+        """
+        v = self._given(batch.frame_embeddings)
+        if v is None:
+            v = self.encode_frames(batch.frames, batch.frame_mask)
         if self.config.frame_positions:
             v = v + self.frame_positions[: v.shape[1]].astype(v.dtype)
         fused, audio = self.config.vision_weight * v, None
         if self.config.sound_weight:
-            audio = self.audio_resampler(self.encode_audio(batch.fbank))
+            states = self._given(batch.ast_states)
+            if states is None:
+                states = self.encode_audio(batch.fbank)
+            audio = self.audio_resampler(self.audio_projection(self.ast.norm(states)))
             fused = fused + self.config.sound_weight * self.audio_fusion(v, audio)
         if self.config.speech_weight:
-            speech = self.clip.text(batch.transcript_ids)
+            speech = self._given(batch.speech_states)
+            if speech is None:
+                speech = self.encode_speech(batch.transcript_ids)
             fused = fused + self.config.speech_weight * self.speech_fusion(v, speech)
         return VideoEmbedding(fused, v, audio, batch.frame_mask)
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "batch dim"], VideoEmbedding]:
         """Caption and video embeddings of a training batch."""
-        return self.encode_text(batch.caption_ids), self.encode_video(batch)
+        text = self._given(batch.caption_embeddings)
+        if text is None:
+            text = self.encode_text(batch.caption_ids)
+        return text, self.encode_video(batch)
+
+    def _given(self, features: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
+        """What a batch brings of an encoder's results, in the compute dtype."""
+        return None if features is None else features.astype(self.dtype)
 
 
 def copy_clip_into_fusion(model: SAVE) -> None:

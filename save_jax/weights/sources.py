@@ -116,7 +116,7 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
             )
     names: Mapping[str, str] = {}
     if path.is_file():
-        tensors = _read_file(path, trust_archive)
+        tensors = read_file(path, trust_archive)
     elif shards := next((path / name for name in hub.WEIGHTS if (path / name).exists()), None):
         tensors = _read_shards(shards, trust_archive)
     elif _is_checkpoint(path):
@@ -151,7 +151,12 @@ def recognise(tensors: State, where: str) -> Format:
     return best
 
 
-def _read_file(path: pathlib.Path, trust_archive: bool) -> Tensors:
+def read_file(path: pathlib.Path, trust_archive: bool) -> Tensors:
+    """The tensors of one file, whichever way its first bytes say that it is written.
+
+    Raises:
+        UserError: it is damaged, or written in another way than those known here.
+    """
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"PK\x03\x04"):
@@ -184,7 +189,7 @@ def _read_file(path: pathlib.Path, trust_archive: bool) -> Tensors:
 
 def _read_shards(path: pathlib.Path, trust_archive: bool) -> Tensors:
     if not path.name.endswith(hub.INDEX):
-        return _read_file(path, trust_archive)
+        return read_file(path, trust_archive)
     try:
         where: dict[str, str] = json.loads(path.read_text())["weight_map"]
         shards = sorted({pathlib.PurePath(shard).name for shard in where.values()})
@@ -198,7 +203,7 @@ def _read_shards(path: pathlib.Path, trust_archive: bool) -> Tensors:
         )
     tensors = {}
     for shard in shards:
-        tensors |= _read_file(path.parent / shard, trust_archive)
+        tensors |= read_file(path.parent / shard, trust_archive)
     return tensors
 
 

@@ -1,99 +1,292 @@
-import sys
+"""Computing the teacher's vectors: what is missing, once, whatever is in the way."""
 
+import dataclasses
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import jax
 import numpy as np
 import pytest
 import torch
 
-from data_pipelines.affinities import VectorError, read_vector
+from data_pipelines import affinities, imagebind, records, storage
+from data_pipelines.datasets.clip import Clip
+from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
+from save_jax.models.imagebind import ImageBindConfig
+from save_jax.weights.imagebind import make_embed
+from tests import imagebind_reference, object_store
+from tests import media as synthetic
 
-VECTOR = np.arange(-3, 5, dtype=np.float32)
-
-
-def test_numpy_files(tmp_path):
-    np.save(tmp_path / "v.npy", VECTOR.astype(np.float64))
-    found = read_vector(tmp_path / "v.npy", 8)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, VECTOR)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(8,), (1, 8)])
-def test_torch_files(tmp_path, dtype, shape):
-    torch.save(torch.from_numpy(VECTOR).to(dtype).reshape(shape), tmp_path / "v.pt")
-    found = read_vector(tmp_path / "v.pt", 8)
-    assert found.dtype == np.float32 and found.shape == (8,)
-    np.testing.assert_array_equal(found, VECTOR)
-
-
-def test_a_tensor_that_asks_for_gradients(tmp_path):
-    torch.save(torch.ones(8, requires_grad=True), tmp_path / "v.pt")
-    np.testing.assert_array_equal(read_vector(tmp_path / "v.pt", 8), np.ones(8))
-
-
-@pytest.mark.parametrize("ending", [".npy", ".pt"])
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [
-        (np.ones(7, np.float32), r"shape \[7\]"),
-        (np.ones((2, 8), np.float32), r"shape \[2, 8\]"),
-        (np.array([1, np.nan, np.inf, 0, 0, 0, 0, 0], np.float32), "2 of its numbers"),
-        (np.full(8, 1e300), "8 of its numbers"),
-        (np.zeros(8, np.float32), "all its numbers are zero"),
-        (np.ones(8, np.complex64), "real numbers"),
-    ],
+IDS = ("a", "sub folder/b", "ç 'd'", "e", "f")
+CONFIG = ImageBindConfig(
+    embed_dim=16,
+    image_size=28,
+    patch_size=7,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=4,
+    audio_width=24,
+    audio_layers=2,
+    audio_heads=3,
 )
-def test_unusable_vectors(tmp_path, ending, values, found):
-    path = tmp_path / f"v{ending}"
-    np.save(path, values) if ending == ".npy" else torch.save(torch.from_numpy(values), path)
-    with pytest.raises(VectorError, match=found):
-        read_vector(path, 8)
 
 
-@pytest.mark.parametrize("name", ["v.npy", "v.pt"])
-@pytest.mark.parametrize("content", [b"", b"not a vector", bytes(200)])
-def test_unreadable_files(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(VectorError):
-        read_vector(tmp_path / name, 8)
+class Averages(NamedTuple):
+    """A teacher that computes next to nothing, and counts what it is asked."""
+
+    config: ImageBindConfig
+    clips: int
+    asked: dict[str, int]
+
+    def video(self, frames: np.ndarray) -> np.ndarray:
+        assert frames.shape[1:] == (32, 28, 28, 3) and frames.dtype == np.uint8
+        self.asked["video"] += len(frames)
+        return frames.reshape(len(frames), -1, 16).mean(1).astype(np.float32)
+
+    def audio(self, fbanks: np.ndarray) -> np.ndarray:
+        assert fbanks.shape[1:] == (3, 204, 128) and fbanks.dtype == np.float32
+        self.asked["audio"] += len(fbanks)
+        return fbanks.reshape(len(fbanks), -1, 16).mean(1)
 
 
-def test_a_file_cut_short(tmp_path):
-    torch.save(torch.ones(1024), tmp_path / "v.pt")
-    data = (tmp_path / "v.pt").read_bytes()
-    (tmp_path / "v.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(VectorError, match="not a PyTorch tensor"):
-        read_vector(tmp_path / "v.pt", 1024)
+def teacher(clips: int = 2) -> Averages:
+    return Averages(CONFIG, clips, {"video": 0, "audio": 0})
 
 
-def test_something_else_in_the_file(tmp_path):
-    torch.save({"vector": torch.ones(8)}, tmp_path / "v.pt")
-    with pytest.raises(VectorError, match="found a dict"):
-        read_vector(tmp_path / "v.pt", 8)
-    np.save(tmp_path / "v.npy", np.array([{}, {}], object))
-    with pytest.raises(VectorError, match="not a NumPy array"):
-        read_vector(tmp_path / "v.npy", 8)
+def make_clips(root: pathlib.Path) -> list[Clip]:
+    clips = []
+    for n, video_id in enumerate(IDS):
+        path = root / f"{video_id}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = synthetic.numbered_frames(10 + n)[n:]
+        synthetic.write_video(path, frames, sound=synthetic.tone(1 + n, 300 + 100 * n)[None])
+        clips.append(Clip(video_id, str(path), None, ("a caption",), ("",), None, None))
+    return clips
 
 
-class _Runs:
-    def __reduce__(self):
-        return (print, ("code in a pickle was run",))
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[Clip]:
+    return make_clips(tmp_path_factory.mktemp("videos"))
 
 
-def test_pickles_are_not_run(tmp_path, capsys):
-    torch.save(_Runs(), tmp_path / "v.pt")
-    with pytest.raises(VectorError):
-        read_vector(tmp_path / "v.pt", 8)
-    assert "was run" not in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def expected(clips) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The vectors of each clip, each computed alone."""
+    embed, sizes, result = teacher(), imagebind.Sizes(28, 204, 128), {}
+    for clip in clips:
+        inputs = imagebind.read_inputs(imagebind.Task(clip, True, True), sizes)
+        video, audio = embed.video(inputs.frames[None]), embed.audio(inputs.fbanks[None])
+        result[clip.video_id] = video[0], audio[0]
+    return result
 
 
-def test_an_absent_file(tmp_path):
-    with pytest.raises(VectorError, match="does not exist"):
-        read_vector(tmp_path / "v.npy", 8)
+def assert_written(directory, expected, ids=IDS) -> None:
+    for video_id in ids:
+        for folder, vector in zip(
+            ("VideoFeature", "AudioFeature"), expected[video_id], strict=True
+        ):
+            found = np.load(directory / folder / f"{video_id}.npy")
+            assert found.dtype == np.float32 and found.shape == (16,)
+            np.testing.assert_array_equal(found, vector)
 
 
-def test_without_torch(tmp_path, monkeypatch):
-    (tmp_path / "v.pt").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="pip install torch"):
-        read_vector(tmp_path / "v.pt", 8)
+def test_what_is_missing_is_computed_once(clips, expected, tmp_path):
+    embed = teacher()
+    found, problems = affinities.compute(clips, str(tmp_path), embed, workers=1)
+    assert problems == () and embed.asked == {"video": 5, "audio": 5}
+    assert_written(tmp_path, expected)
+    for before, after in zip(clips, found, strict=True):
+        assert after == dataclasses.replace(
+            before,
+            teacher_video=str(tmp_path / "VideoFeature" / f"{before.video_id}.npy"),
+            teacher_audio=str(tmp_path / "AudioFeature" / f"{before.video_id}.npy"),
+        )
+    record = records.read_record(found[1], Recipe(image_size=28, teacher_size=16))
+    assert record.problems == () and record.features["has_teacher"]
+    np.testing.assert_array_equal(record.features["teacher_audio"], expected[IDS[1]][1])
+
+    again, problems = affinities.compute(clips, str(tmp_path), idle := teacher(), workers=1)
+    assert again == found and problems == () and idle.asked == {"video": 0, "audio": 0}
+    (tmp_path / "AudioFeature" / "e.npy").unlink()
+    (tmp_path / "VideoFeature" / "f.npy").write_bytes(b"")
+    again, problems = affinities.compute(clips, str(tmp_path), one := teacher(), workers=1)
+    assert again == found and one.asked == {"video": 1, "audio": 1}
+    assert [problem[:2] for problem in problems] == [("", "f")]
+    assert_written(tmp_path, expected)
+
+
+def test_processes_and_batches_make_no_difference(clips, expected, tmp_path):
+    affinities.compute(clips, str(tmp_path), teacher(clips=3), workers=2)
+    assert_written(tmp_path, expected)
+
+
+def test_given_vectors_are_used(clips, expected, tmp_path):
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    torch.save(torch.arange(16.0), good)
+    torch.save(torch.full((16,), torch.nan), bad)
+    given = [
+        dataclasses.replace(clips[0], teacher_video=str(good), teacher_audio=str(good)),
+        dataclasses.replace(clips[1], teacher_video=str(good)),
+        dataclasses.replace(clips[2], teacher_video=str(bad), teacher_audio=str(good)),
+        dataclasses.replace(clips[3], teacher_video="/nowhere.pt", teacher_audio=str(good)),
+    ]
+    out = tmp_path / "out"
+    found, problems = affinities.compute(given, str(out), embed := teacher(), workers=1)
+    assert embed.asked == {"video": 2, "audio": 1}
+    assert [(p[1], str(bad) in p[2]) for p in problems] == [(IDS[2], True)]
+    assert "16 of its numbers are not finite" in problems[0][2]
+    assert found[1].teacher_video == str(good)
+    assert found[1].teacher_audio == str(out / "AudioFeature" / f"{IDS[1]}.npy")
+    assert found[2].teacher_video == str(out / "VideoFeature" / f"{IDS[2]}.npy")
+    assert found[3].teacher_video == str(out / "VideoFeature" / "e.npy")
+    np.testing.assert_array_equal(np.load(found[2].teacher_video), expected[IDS[2]][0])
+
+
+def test_one_clip_in_two_splits_is_computed_once(clips, tmp_path):
+    found, _ = affinities.compute([clips[0]] * 2, str(tmp_path), embed := teacher(), workers=1)
+    assert embed.asked == {"video": 1, "audio": 1}
+    assert found[0] == found[1] and found[0].teacher_video
+
+
+def test_bad_files_cost_only_their_own_clip(clips, expected, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    silent = synthetic.write_video(tmp_path / "silent.mp4", synthetic.numbered_frames(9))
+    sound = synthetic.write_wav(tmp_path / "s.wav", synthetic.tone(3)[None])
+    strange = [
+        Clip("silent", str(silent), None, (), (), None, None),
+        Clip("absent", "/nowhere.mp4", None, (), (), None, None),
+        Clip("empty", str(tmp_path / "empty.mp4"), str(sound), (), (), None, None),
+        Clip("../escapes", clips[0].video, None, (), (), None, None),
+        Clip("dubbed", str(silent), str(sound), (), (), None, None),
+    ]
+    out = tmp_path / "out"
+    found, problems = affinities.compute([*strange, *clips], str(out), teacher(), workers=1)
+    assert_written(out, expected)
+    assert [p[1] for p in problems] == ["../escapes", "absent", "empty"]
+    assert "cannot be a file's name" in problems[0][2]
+    assert "/nowhere.mp4: the file does not exist" in problems[1][2]
+    assert "empty.mp4: the file is empty" in problems[2][2]
+    assert [clip.teacher_video is None for clip in found[:5]] == [True] * 4 + [False]
+    assert not (tmp_path / "VideoFeature").exists()
+    # A clip without sound has no teacher, and is masked out of the loss by that alone.
+    record = records.read_record(found[0], Recipe(image_size=28, teacher_size=16))
+    assert not record.features["has_audio"] and not record.features["has_teacher"]
+    assert record.problems == ()
+    with pytest.raises(UserError, match=r"clip absent.*nowhere\.mp4"):
+        affinities.compute(strange[:2], str(out), teacher(), workers=1, strict=True)
+
+
+def test_numbers_that_are_not_finite_are_not_written(clips, tmp_path):
+    embed = make_teacher(lambda frames: np.full((len(frames), 16), np.nan, np.float32))
+    with pytest.raises(UserError, match="clip a: expected finite numbers from ImageBind"):
+        affinities.compute(clips, str(tmp_path), embed, workers=1)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+class Patched(NamedTuple):
+    config: ImageBindConfig
+    clips: int
+    video: object
+    audio: object
+
+
+def make_teacher(video) -> Patched:
+    return Patched(CONFIG, 2, video, teacher().audio)
+
+
+def test_a_full_disk(clips, expected, tmp_path, monkeypatch):
+    write, written = storage.write_file, []
+
+    def full(path, content):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+        written.append(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_file", full)
+        with pytest.raises(UserError, match="disk full"):
+            affinities.compute(clips, str(tmp_path), teacher(), workers=1)
+    affinities.compute(clips, str(tmp_path), embed := teacher(), workers=1)
+    assert sum(embed.asked.values()) == 10 - 3
+    assert_written(tmp_path, expected)
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "embed.audio"])
+def test_killed_at_any_moment_it_goes_on(clips, expected, tmp_path, moment):
+    """The third file's rename, or the second batch's sound, takes the process down."""
+    root = os.path.dirname(clips[0].video)
+    program = f"""
+        import os, pathlib, signal
+        from data_pipelines import affinities
+        from tests.data_pipelines import test_affinities as here
+
+        def deadly(function, survives):
+            def call(*args):
+                nonlocal survives
+                if not survives:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                survives -= 1
+                return function(*args)
+            return call
+
+        embed = here.teacher()
+        if {moment!r} == "os.replace":
+            os.replace = deadly(os.replace, 2)
+        else:
+            embed = here.Patched(embed.config, 2, embed.video, deadly(embed.audio, 1))
+        root = pathlib.Path({root!r})
+        clips = [here.Clip(i, str(root / f"{{i}}.mp4"), None, (), (), None, None) for i in here.IDS]
+        affinities.compute(clips, {str(tmp_path)!r}, embed, workers=1)
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    kept = sum(1 for path in tmp_path.rglob("*.npy"))
+    assert kept == {"os.replace": 2, "embed.audio": 6}[moment]
+    affinities.compute(clips, str(tmp_path), embed := teacher(), workers=1)
+    assert sum(embed.asked.values()) == 10 - kept
+    assert_written(tmp_path, expected)
+
+
+def test_a_remote_folder(clips, expected):
+    object_store.register()
+    where = "gs://teacher/vectors"
+    found, problems = affinities.compute(clips, where, teacher(), workers=1)
+    assert problems == () and found[1].teacher_video == f"{where}/VideoFeature/{IDS[1]}.npy"
+    record = records.read_record(found[1], Recipe(image_size=28, teacher_size=16))
+    np.testing.assert_array_equal(record.features["teacher_video"], expected[IDS[1]][0])
+    again, _ = affinities.compute(clips, where, embed := teacher(), workers=1)
+    assert again == found and embed.asked == {"video": 0, "audio": 0}
+
+
+def test_with_imagebind_itself_from_its_checkpoint(clips, tmp_path):
+    """From the files to the vectors, on all devices: as the reference embeds the same inputs."""
+    sizes = {f.name for f in dataclasses.fields(imagebind_reference.Sizes)}
+    theirs = imagebind_reference.ImageBind(
+        imagebind_reference.Sizes(**{name: getattr(CONFIG, name) for name in sizes})
+    )
+    torch.save(theirs.state_dict(), tmp_path / "imagebind.pth")
+    embed = make_embed(str(tmp_path / "imagebind.pth"), config=CONFIG)
+    assert isinstance(embed, affinities.Embed) and embed.clips == len(jax.devices())
+    found, problems = affinities.compute(clips, str(tmp_path), embed, workers=1)
+    assert problems == ()
+    for clip in found:
+        inputs = imagebind.read_inputs(
+            imagebind.Task(clip, True, True), imagebind.Sizes(28, 204, 128)
+        )
+        mel = torch.from_numpy(inputs.fbanks).swapaxes(1, 2)[None, :, None]
+        with torch.no_grad():
+            video = theirs("vision", torch.from_numpy(inputs.frames[None]))[0].numpy()
+            audio = theirs("audio", mel)[0].numpy()
+        np.testing.assert_allclose(np.load(clip.teacher_video), video, atol=1e-5)
+        np.testing.assert_allclose(np.load(clip.teacher_audio), audio, atol=2e-4)

@@ -142,6 +142,60 @@ def test_other_rates_are_resampled(tmp_path, rate):
     np.testing.assert_allclose(found[1000:31000], synthetic.tone(2)[1000:31000], atol=0.01)
 
 
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1"])
+@pytest.mark.parametrize("kind", ["wav", "mp4"])
+def test_layouts_and_rates(tmp_path, kind, layout, rate):
+    channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
+    sound = np.stack([synthetic.tone(1.5, 440 + 500 * n, rate) for n in range(channels)])
+    if kind == "wav":
+        path = synthetic.write_wav(tmp_path / "a.wav", sound, rate)
+    else:
+        path = synthetic.write_video(
+            tmp_path / "a.mp4", [], codec="", sound=sound, sound_rate=rate, sound_layout=layout
+        )
+    damage = []
+    found = audio.read_waveform(path, damage.append)
+    # An encoder of AAC adds some of its frames, of 1,024 samples.
+    assert abs(len(found) - 24000) < 3 * 1024 * 16000 / rate and not damage
+    spectrum = np.abs(np.fft.rfft(found[4000:20000]))
+    # AAC stores the centre of 5.1 first; a decoder gives the channels their usual order again.
+    assert spectrum.argmax() == 440
+    assert all(spectrum[440 + 500 * n] < 0.05 * spectrum[440] for n in range(1, channels))
+
+
+def test_a_track_that_changes_its_layout_and_rate(tmp_path):
+    waves = [synthetic.tone(1, 440, rate)[None] for rate in (16000, 32000)]
+    parts = []
+    for wave, rate, channels in ((waves[0], 16000, 1), (waves[1], 32000, 2)):
+        path = tmp_path / f"{rate}.aac"  # of which one can be put behind the other
+        sound = np.concatenate([wave] * channels)
+        synthetic.write_video(
+            path, [], codec="", sound=sound, sound_rate=rate,
+            sound_layout="mono" if channels == 1 else "stereo",
+        )  # fmt: skip
+        parts.append(path.read_bytes())
+    (tmp_path / "a.aac").write_bytes(b"".join(parts))
+    found = audio.read_waveform(tmp_path / "a.aac")
+    assert abs(len(found) - 32000) < 4000
+    for second in (found[2000:14000], found[20000:32000]):
+        assert np.abs(np.fft.rfft(second)).argmax() * 16000 / 12000 == pytest.approx(440, abs=2)
+
+
+def test_a_track_that_was_cut_is_told_of(tmp_path):
+    path = synthetic.write_video(
+        tmp_path / "a.mp4", [], codec="", sound=synthetic.tone(6)[None],
+        options={"movflags": "faststart"},
+    )  # fmt: skip
+    damage = []
+    assert abs(len(audio.read_waveform(path, damage.append)) - 96000) < 3000 and damage == []
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert 30000 < len(audio.read_waveform(path, damage.append)) < 60000
+    assert len(damage) == 1
+    assert "audio track breaks off after" in damage[0] or "damaged" in damage[0]
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
 def test_the_track_of_a_video(tmp_path, name):
     wave = np.stack([synthetic.tone(2, 440, 48000), synthetic.tone(2, 3000, 48000)])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import media
+from data_pipelines import audio, media
 from data_pipelines.recipe import Recipe
+from save_jax.errors import UserError
 from tests import media as synthetic
+from tests import object_store
 
 SMALL = Recipe(image_size=32)
 
@@ -166,6 +168,174 @@ def test_frames_held_back_are_given_when_reading_breaks_off(tmp_path):
         assert len(list(media.decodable(Breaking(), container.streams.video[0]))) == 20
 
 
+def told(path, recipe=SMALL):
+    """The frames of a file, and what is said to be wrong with it."""
+    reasons = []
+    return media.decode_frames(path, recipe, reasons.append), reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"movflags": "faststart"}),
+        ("a.mkv", "libx264", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.avi", "mpeg4", {}),
+    ],
+)
+def test_a_file_that_was_cut_is_told_of(tmp_path, name, codec, options):
+    path = synthetic.write_video(
+        tmp_path / name, synthetic.numbered_frames(100), 10, codec=codec, options=options,
+        sound=synthetic.tone(10, rate=48000)[None], sound_rate=48000,
+    )  # fmt: skip
+    assert told(path)[1] == []
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    frames, reasons = told(path)
+    assert 1 < len(frames) < 10
+    (reason,) = reasons
+    assert "video track breaks off after" in reason or "damaged" in reason
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
+@pytest.mark.parametrize("seconds", [1, 7])
+def test_sound_that_is_longer_or_shorter_is_no_damage(tmp_path, name, seconds):
+    path = synthetic.write_video(
+        tmp_path / name, synthetic.numbered_frames(40), 10,
+        codec="libvpx" if name == "a.webm" else "mpeg4",
+        sound=synthetic.tone(seconds, rate=48000)[None], sound_rate=48000,
+    )  # fmt: skip
+    frames, reasons = told(path)
+    assert ([synthetic.number_of(frame) for frame in frames], reasons) == ([0, 10, 20, 30], [])
+    waveform = audio.read_waveform(path, reasons.append)
+    assert (abs(len(waveform) - seconds * 16000) < 2000, reasons) == (True, [])
+
+
+def test_variable_frame_rates(tmp_path):
+    # Five seconds of 30 frames a second, then five pictures that stay for a second each.
+    times = [*range(150), *range(150, 300, 30)]
+    path = synthetic.write_video(
+        tmp_path / "a.mp4", synthetic.numbered_frames(155), 30, codec="libx264", times=times
+    )
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert int(stream.average_rate) < int(stream.guessed_rate)
+        step = int(stream.average_rate)
+    frames, reasons = told(path)
+    # By the number of a frame, not by the clock (spec section 1); none repeated, none left out.
+    assert [synthetic.number_of(frame) for frame in frames] == list(range(0, 155, step))
+    assert reasons == []
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "pixel_format", "codec"),
+    [
+        (63, 65, "yuv444p", "libx264"),
+        (65, 63, "yuv420p", "ffv1"),
+        (1, 64, "yuv444p", "libx264"),
+        (64, 1, "yuv444p", "libx264"),
+        (1, 1, "yuv444p", "libx264"),
+        (64, 64, "yuv420p10le", "libx264"),
+        (64, 64, "yuv422p10le", "libx264"),
+        (64, 64, "yuv444p10le", "ffv1"),
+        (64, 64, "gray", "ffv1"),
+        (64, 64, "bgra", "ffv1"),
+    ],
+)
+def test_sizes_and_pixel_formats(tmp_path, width, height, pixel_format, codec):
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    pixels[: (height + 1) // 2] = 200
+    path = synthetic.write_video(
+        tmp_path / "a.mkv", [pixels] * 3, 1, codec=codec, pixel_format=pixel_format
+    )
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == pixel_format
+    frames, reasons = told(path)
+    assert frames.shape == (3, 32, 32, 3) and reasons == []
+    if height > 2 * width:  # the middle of it is where the two halves meet
+        assert frames.min() < 140 < frames.max()
+        return
+    assert abs(int(frames[0, 2, 16].mean()) - 200) < 12
+    if height > 1:
+        assert abs(int(frames[0, -3, 16].mean()) - 60) < 12
+
+
+@pytest.mark.parametrize(
+    ("fps", "wanted", "expected"),
+    [(24, 2, range(0, 60, 12)), (25, 2, range(0, 60, 12)), (2, 3, range(12)), (24, 1, [0, 24, 48])],
+)
+def test_several_frames_a_second(tmp_path, fps, wanted, expected):
+    frames = synthetic.numbered_frames(12 if fps == 2 else 60)
+    path = synthetic.write_video(tmp_path / "a.mp4", frames, fps)
+    recipe = Recipe(image_size=32, frames_per_second=wanted)
+    found = [synthetic.number_of(frame) for frame in media.decode_frames(path, recipe)]
+    assert found == list(expected)
+
+
+def write_images(folder, count, ending=".png"):
+    folder.mkdir()
+    for number, pixels in enumerate(synthetic.numbered_frames(count)):
+        Image.fromarray(pixels).save(folder / f"clip-{number + 1:06d}{ending}")
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".JPEG"])
+def test_a_folder_of_images(tmp_path, ending):
+    folder = write_images(tmp_path / "clip.mp4", 8, ending)  # whatever the folder is called
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_bytes(b"")
+    frames, reasons = told(folder)
+    assert [synthetic.number_of(frame) for frame in frames] == list(range(8))
+    assert (frames.shape, reasons) == ((8, 32, 32, 3), [])
+
+
+def test_of_many_images_evenly_spaced_ones_are_kept_whatever_their_rate(tmp_path):
+    folder = write_images(tmp_path / "clip", 20)
+    frames, _ = told(folder, Recipe(image_size=32, frames_per_second=2, max_frames=3))
+    assert [synthetic.number_of(frame) for frame in frames] == [0, 9, 19]
+
+
+def test_images_that_cannot_be_read_are_told_of_and_left_out(tmp_path):
+    folder = write_images(tmp_path / "clip", 4)
+    (folder / "clip-000002.png").write_bytes(b"")
+    data = (folder / "clip-000003.png").read_bytes()
+    (folder / "clip-000003.png").write_bytes(data[: len(data) // 2])
+    frames, reasons = told(folder)
+    assert [synthetic.number_of(frame) for frame in frames] == [0, 3]
+    assert [reason.split()[0] for reason in reasons] == ["clip-000002.png", "clip-000003.png"]
+
+
+def test_remote_files(tmp_path):
+    bucket = object_store.register()
+    video = synthetic.write_video(
+        tmp_path / "a.mp4", synthetic.numbered_frames(30), sound=synthetic.tone(3)[None]
+    )
+    images = write_images(tmp_path / "images", 3)
+    bucket.put(str(video), "gs://media/a.mp4")
+    bucket.put(str(images), "gs://media/images", recursive=True)
+    bucket.pipe_file("gs://media/empty.mp4", b"")
+    bucket.pipe_file("gs://media/text.mp4", b"not a video\n" * 100)
+    for here, there in ((video, "gs://media/a.mp4"), (images, "gs://media/images")):
+        np.testing.assert_array_equal(
+            media.decode_frames(there, SMALL), media.decode_frames(here, SMALL)
+        )
+    np.testing.assert_array_equal(
+        audio.read_waveform("gs://media/a.mp4"), audio.read_waveform(video)
+    )
+    for name, reason in (("empty", "empty"), ("text", "FFmpeg"), ("absent", "does not exist")):
+        with pytest.raises(media.MediaError, match=reason):
+            media.decode_frames(f"gs://media/{name}.mp4", SMALL)
+
+
+def test_a_store_that_this_installation_cannot_reach(monkeypatch):
+    def without(path):
+        raise ImportError("Install adlfs to access Azure")
+
+    monkeypatch.setattr(media.epath, "Path", without)
+    with pytest.raises(UserError, match=r"az://bucket/a\.mp4.*not installed"):
+        media.decode_frames("az://bucket/a.mp4", SMALL)
+
+
 def _cut_video(path):
     synthetic.write_video(path, synthetic.numbered_frames(20), options={"movflags": "faststart"})
     data = path.read_bytes()
@@ -177,7 +347,7 @@ BAD_FILES = {
     "text": (lambda path: path.write_text("not a video at all\n" * 50), "FFmpeg"),
     "zeros": (lambda path: path.write_bytes(bytes(5000)), "FFmpeg"),
     "absent": (lambda path: None, "does not exist"),
-    "folder": (lambda path: path.mkdir(), "FFmpeg"),
+    "empty folder": (lambda path: path.mkdir(), "folder without images"),
     "no frame": (_cut_video, "can be decoded"),
     "sound only": (
         lambda path: synthetic.write_video(path, [], codec="", sound=synthetic.tone(1)[None]),
@@ -198,9 +368,8 @@ def test_unreadable_files_say_why(tmp_path, kind):
 def test_encodings():
     frame = np.zeros((32, 32, 3), np.uint8)
     frame[8:24, 8:24] = (255, 0, 0)
-    png, jpeg = (media.encode_frame(frame, encoding) for encoding in ("png", "jpeg"))
-    with Image.open(io.BytesIO(png)) as image:
-        np.testing.assert_array_equal(np.asarray(image), frame)
+    raw, jpeg = (media.encode_frame(frame, encoding) for encoding in ("raw", "jpeg"))
+    np.testing.assert_array_equal(np.frombuffer(raw, np.uint8).reshape(frame.shape), frame)
     with Image.open(io.BytesIO(jpeg)) as image:
         assert image.format == "JPEG"
         assert np.abs(np.asarray(image).astype(int) - frame).mean() < 3

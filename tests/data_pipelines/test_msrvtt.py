@@ -22,7 +22,7 @@ def ids(clips):
 
 @pytest.mark.parametrize("variant", ["9k", "7k-1ka"])
 def test_splits_by_csv(miniature, variant):
-    splits = msrvtt.read_annotations(str(miniature), variant)
+    splits = msrvtt.read_annotations(str(miniature), variant).splits
     assert list(splits) == ["train", "test"]
     assert ids(splits["train"]) == [f"video{n}" for n in range(7)]
     assert ids(splits["test"]) == [f"video{n}" for n in range(7, 12)]
@@ -31,7 +31,7 @@ def test_splits_by_csv(miniature, variant):
 
 
 def test_the_official_split(miniature):
-    splits = msrvtt.read_annotations(str(miniature), "7k")
+    splits = msrvtt.read_annotations(str(miniature), "7k").splits
     assert ids(splits["train"]) == ["video0", "video1", "video3", "video4", "video6"]
     assert ids(splits["val"]) == ["video2", "video5"]
     assert ids(splits["test"]) == [f"video{n}" for n in range(7, 12)]
@@ -39,23 +39,25 @@ def test_the_official_split(miniature):
 
 
 def test_a_clip(miniature):
-    splits = msrvtt.read_annotations(str(miniature), "9k")
+    splits, problems = msrvtt.read_annotations(str(miniature), "9k")
+    assert problems == ()
     spoken, silent = splits["train"][0], splits["train"][3]
     assert spoken.video == str(miniature / "VideoData" / "video0.mp4")
     assert spoken.captions[1] == "a cat is cooking in the street"
     assert spoken.groups == ("",) * 20
-    assert spoken.transcript == "a cat is running in the kitchen"
     assert spoken.audio is None
     assert spoken.teacher_video.endswith("ImageBind/VideoFeature/video0.pt")
     assert spoken.teacher_audio.endswith("ImageBind/AudioFeature/video0.pt")
-    assert (silent.transcript, silent.teacher_audio) == ("", None)
+    assert silent.teacher_audio is None
+    assert {clip.transcript for clips in splits.values() for clip in clips} == {""}
+    assert msrvtt.asr_file(str(miniature)) == str(miniature / "msrvtt10k_asr_text.json")
 
 
 def test_wav_and_webm_are_found(root):
     (root / "AudioData" / "video1.wav").write_bytes(b"x")
     (root / "VideoData" / "video1.mp4").rename(root / "VideoData" / "video1.webm")
     (root / "VideoData" / "video2.mp4").unlink()
-    clips = msrvtt.read_annotations(str(root), "9k")["train"]
+    clips = msrvtt.read_annotations(str(root), "9k").splits["train"]
     assert clips[1].video == str(root / "VideoData" / "video1.webm")
     assert clips[1].audio == str(root / "AudioData" / "video1.wav")
     assert clips[2].video == str(root / "VideoData" / "video2.mp4")  # absent: preparation says so
@@ -64,13 +66,11 @@ def test_wav_and_webm_are_found(root):
 @pytest.mark.parametrize(
     ("variant", "names"),
     [
-        ("9k", ["MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv",
-                "msrvtt10k_asr_text.json"]),
-        ("7k", ["MSRVTT_data.json", "msrvtt10k_asr_text.json"]),
-        ("7k-1ka", ["MSRVTT_data.json", "MSRVTT_train.7k.csv", "MSRVTT_JSFUSION_test.csv",
-                    "msrvtt10k_asr_text.json"]),
+        ("9k", ["MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv"]),
+        ("7k", ["MSRVTT_data.json"]),
+        ("7k-1ka", ["MSRVTT_data.json", "MSRVTT_train.7k.csv", "MSRVTT_JSFUSION_test.csv"]),
     ],
-)  # fmt: skip
+)
 def test_every_absent_file_is_named(tmp_path, variant, names):
     with pytest.raises(UserError) as caught:
         msrvtt.read_annotations(str(tmp_path), variant)
@@ -88,9 +88,13 @@ def replace(path, text):
     [
         ("MSRVTT_train.9k.csv", "id\nvideo0\n", "columns video_id.* found id"),
         ("MSRVTT_train.9k.csv", "", "found nothing"),
-        ("MSRVTT_train.9k.csv", "video_id\n", "only the first line"),
-        ("MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo99\n", "none of 1: video99"),
-        ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo7\n", "sentence.* line 2"),
+        ("MSRVTT_train.9k.csv", "video_id\n", "found none"),
+        ("MSRVTT_train.9k.csv", "video_id\nvideo99\n", "found none of any, 'video99' first"),
+        (
+            "MSRVTT_JSFUSION_test.csv",
+            "video_id,sentence\nvideo7\n",
+            "line 2 left out: it has no sentence",
+        ),
         ("MSRVTT_data.json", '{"videos": [', "line 1, column"),
         ("MSRVTT_data.json", '{"videos": []}', "no list 'sentences'"),
         ("MSRVTT_data.json", "[]", "no list 'videos'"),
@@ -120,3 +124,49 @@ def test_the_registry():
         datasets.load_dataset("nosuch")
     with pytest.raises(UserError, match=r"7k-1ka.* found '8k'"):
         datasets.check_variant("msrvtt", "8k")
+
+
+def test_what_stops_nothing_is_named(root):
+    replace(root / "Annotations" / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo99\nvideo7\n")
+    replace(
+        root / "Annotations" / "MSRVTT_JSFUSION_test.csv",
+        "video_id,sentence\nvideo7,a dog, running\nvideo7,a boat\nvideo8\nvideo9,a horse\n",
+    )
+    (root / "VideoData" / "homemade.mp4").write_bytes(b"x")
+    splits, problems = msrvtt.read_annotations(str(root), "9k")
+    assert ids(splits["train"]) == ["video0", "video99", "video7"]
+    assert ids(splits["test"]) == ["video7", "video9"]
+    named = [(split, os.path.basename(name), what) for split, name, what in problems]
+    test = "MSRVTT_JSFUSION_test.csv"
+    assert [(split, name) for split, name, _ in named] == [
+        ("train", "video99"), ("", test), ("", test), ("test", "video7"), ("", "homemade.mp4"),
+    ]  # fmt: skip
+    for (_, _, what), part in zip(
+        named,
+        ["no captions in", "line 2 left out: 3 cells", "line 4 left out: it has no sentence",
+         "in the split 'train' too", "do not mention it"],
+        strict=True,
+    ):  # fmt: skip
+        assert part in what
+
+
+def test_query_groups(root):
+    splits, _ = msrvtt.read_annotations(str(root), "9k")
+    first, second = splits["test"][:2]
+    path = root / "Annotations" / "query_groups.csv"
+    rows = [
+        f"video7,{first.captions[0]},sound",
+        f"video8, {second.captions[0]} ,sound+speech",
+        f"video8,{second.captions[0]},speech",
+        "video9,no such caption,vision",
+        "video99,a cat,vision",
+    ]
+    path.write_text("\n".join(["video_id,caption,group", *rows]))
+    splits, problems = msrvtt.read_annotations(str(root), "9k")
+    assert [clip.groups for clip in splits["test"]] == [
+        ("sound",), ("sound+speech",), ("",), ("",), ("",),
+    ]  # fmt: skip
+    assert [what.split(":")[0] for _, _, what in problems] == [
+        f"line {line} not used" for line in (4, 5, 6)
+    ]
+    assert {name for _, name, _ in problems} == {str(path)}

@@ -1,11 +1,13 @@
-"""data_pipelines/prepare.py together with datasets/builder.py, which it drives."""
+"""data_pipelines/prepare.py together with what it drives: sources.py, build.py, shards.py."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ import tensorflow_datasets as tfds
 import torch
 
 from data_pipelines import prepare as module
+from data_pipelines import shards, whisper
+from data_pipelines.datasets.clip import Clip
 from data_pipelines.prepare import main, prepare
 from data_pipelines.recipe import Recipe
+from data_pipelines.records import Record, read_record
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 
@@ -61,7 +66,7 @@ def test_what_is_written(prepared):
 
 def test_the_recipe_and_the_counts_are_recorded(prepared):
     directory = prepared / "msrvtt" / "9k" / "1.0.0"
-    assert module.prepared_by(directory) == Recipe(encoding="png", **SMALL)
+    assert module.prepared_by(directory) == Recipe(encoding="raw", **SMALL)
     counts = json.loads((directory / "metadata.json").read_text())["counts"]
     assert counts["train"] == {
         "listed": 7,
@@ -70,6 +75,7 @@ def test_the_recipe_and_the_counts_are_recorded(prepared):
         "captions": 140,
         "without audio": 1,
         "without transcript": 3,
+        "not transcribed": 1,
         "without teacher": 1,
         "problems": 0,
     }
@@ -147,8 +153,8 @@ def test_a_split_without_any_usable_clip(root):
 
 
 def test_doing_it_again(prepared, miniature, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "data_pipelines.datasets.builder", None)  # not needed again
-    again = ["msrvtt", f"--root={miniature}", f"--out={prepared}", "--encoding=png", *FLAGS]
+    monkeypatch.setitem(sys.modules, "data_pipelines.build", None)  # not needed again
+    again = ["msrvtt", f"--root={miniature}", f"--out={prepared}", "--encoding=raw", *FLAGS]
     assert main(again) == 0
     assert "Already prepared" in capsys.readouterr().out
     assert main([*again, "--image_size=48"]) == 2
@@ -172,6 +178,8 @@ def test_an_unfinished_directory(tmp_path):
         (["msrvtt", "--root=.", "--variant=8k"], "found '8k'"),
         (["msrvtt", "--root=.", "--image_size=0"], "--image_size of at least 1"),
         (["msrvtt", "--root=.", "--workers=-1"], "--workers of at least 0"),
+        (["msrvtt", "--root=.", "--frames_per_second=0"], "--frames_per_second of at least 1"),
+        (["msrvtt", "--root=.", "--transcripts=file"], "expected MSR-VTT's annotation files"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, found, capsys):
@@ -186,35 +194,65 @@ def test_an_out_that_cannot_be_written(miniature, tmp_path):
         prepare("msrvtt", root=str(miniature), out=str(tmp_path / "file" / "out"), recipe=RECIPE)
 
 
-def test_records_keep_their_order_when_they_do_not_fit_in_memory(miniature, tmp_path, monkeypatch):
-    from tensorflow_datasets.core import shuffle
+def test_many_shards_keep_the_order_of_the_clips(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CLIPS_PER_SHARD", 2)
+    directory = prepare("msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1)
+    builder = tfds.builder_from_directory(directory)
+    assert builder.info.splits["train"].shard_lengths == [2, 2, 2, 1]
+    names = [record["video_id"].decode() for record in builder.as_data_source("train")]
+    assert names == [f"video{n}" for n in range(7)]
+    assert [entry["video_id"] for entry in index(directory, "train")] == names
+    assert len(list(directory.glob("msrvtt-train.array_record-*-of-00004"))) == 4
 
-    from data_pipelines.datasets import builder
 
-    buckets = []
-    number_of = shuffle.get_bucket_number
-    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 0)
-    monkeypatch.setattr(
-        shuffle, "get_bucket_number", lambda **kw: buckets.append(number_of(**kw)) or buckets[-1]
+def test_a_large_split_has_few_enough_files_to_keep_open(monkeypatch):
+    clip = Clip("", "", None, (), (), None, None)
+    cut = shards.cut(
+        {"train": [clip] * 101_079, "none": []},
+        directory="", notes="", dataset="lsmdc", recipe=RECIPE,
+    )  # fmt: skip
+    assert 256 < len(cut) <= 512 and sum(len(shard.clips) for shard in cut) == 101_079
+
+
+def test_a_shard_is_not_held_in_memory(miniature, tmp_path):
+    """Its records are taken one by one, and each is let go once it is written."""
+    clip = module.datasets.load_dataset("msrvtt").read_annotations(str(miniature), "9k")
+    shard = shards.Shard(str(tmp_path), str(tmp_path), "x", "train", 0, 1, RECIPE, ())
+    features = read_record(clip.splits["test"][0], RECIPE).features
+    made, most = [], 0
+
+    def records():
+        nonlocal most
+        for number in range(20):
+            record = Record(clip.splits["test"][0], {**features, "video_id": str(number)}, ())
+            made.append(weakref.ref(record))
+            most = max(most, sum(reference() is not None for reference in made))
+            yield record
+            del record
+
+    shards.write(shard, "", records())
+    assert len(shards.note_if_done(shard, "").index) == 20 and most <= 2
+
+
+def test_a_shard_without_any_usable_clip(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CLIPS_PER_SHARD", 2)
+    for name in ("video2", "video3"):
+        replace(root / "VideoData" / f"{name}.mp4", b"")
+    directory = prepare("msrvtt", str(root), str(tmp_path), recipe=RECIPE, workers=1)
+    builder = tfds.builder_from_directory(directory)
+    assert builder.info.splits["train"].shard_lengths == [2, 0, 2, 1]
+    names = [record["video_id"].decode() for record in builder.as_data_source("train")]
+    assert names == ["video0", "video1", "video4", "video5", "video6"]
+
+
+def test_tfds_finds_it_by_its_name(prepared):
+    (record, *_), shapes = (
+        tfds.data_source("msrvtt/9k", data_dir=prepared, split="test"),
+        tfds.builder("msrvtt/9k", data_dir=prepared).info.features.shape,
     )
-    splits = builder.read_records  # read each clip once, then list it many times
-    clips = module.datasets.load_dataset("msrvtt").read_annotations(str(miniature), "9k")["test"]
-    first = next(splits(clips, RECIPE, 1))
-    many = [f"clip{n}" for n in range(250)]
-
-    def copies(clips, recipe, workers):
-        for name in clips:
-            yield type(first)(first.clip, {**first.features, "video_id": name}, ())
-
-    monkeypatch.setattr(builder, "read_records", copies)
-    builder.ClipsBuilder(
-        out=str(tmp_path), dataset="many", variant="all", recipe=RECIPE, splits={"train": many},
-        workers=1, strict=False,
-    ).build()  # fmt: skip
-    directory = tmp_path / "many" / "all" / "1.0.0"
-    records = tfds.builder_from_directory(directory).as_data_source("train")
-    assert [record["video_id"].decode() for record in records] == many
-    assert len(set(buckets)) > 50  # not all in one, which would hold the whole split in memory
+    assert record["video_id"] == b"video7"
+    assert shapes["fbank"] == (64, 128) and shapes["teacher_video"] == (1024,)
+    assert tfds.builder("msrvtt/9k", data_dir=prepared).info.metadata["recipe"]["image_size"] == 32
 
 
 def test_the_command(miniature, tmp_path):
@@ -236,3 +274,121 @@ def test_the_demo_corpus_is_made_or_completed(tmp_path, monkeypatch):
     module._make_demo_corpus(str(tmp_path), workers=3)
     assert calls == [(str(tmp_path), {"seed": 0, "workers": 3})]
     assert module._places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
+
+
+def test_what_is_not_given_is_as_usual_for_the_data_set(monkeypatch):
+    from data_pipelines.datasets import msrvtt
+
+    monkeypatch.setattr(msrvtt, "RECIPE", {"max_frames": 32, "frames_per_second": 2})
+    found = module.usual_recipe("msrvtt", max_frames=5)
+    assert found == Recipe(max_frames=5, frames_per_second=2)
+    asked = {}
+    monkeypatch.setattr(module, "prepare", lambda *_, recipe, **__: asked.update(r=recipe) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["msrvtt", "--root=x", "--image_size=8"])
+    assert asked["r"] == Recipe(image_size=8, max_frames=32, frames_per_second=2)
+
+
+def transcripts(directory, split="train"):
+    return {entry["video_id"]: entry["transcript"] for entry in index(directory, split)}
+
+
+def test_without_transcripts(miniature, tmp_path):
+    directory = prepare(
+        "msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1, transcripts="none"
+    )
+    assert set(transcripts(directory).values()) == {""}
+    counts = module.metadata(directory)["counts"]
+    assert counts["train"]["not transcribed"] == counts["train"]["without transcript"] == 7
+    with pytest.raises(UserError, match="wanted 'file', found 'none'"):
+        prepare("msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, transcripts="file")
+
+
+def test_whisper_runs_where_there_is_no_file_and_what_it_writes_is_read(
+    root, tmp_path, monkeypatch, capsys
+):
+    """Whisper itself is tried in test_whisper.py."""
+    (root / "msrvtt10k_asr_text.json").unlink()
+    asked = []
+
+    def transcribe(clips, path, *, model, translate, strict, workers):
+        asked.append(([clip.video_id for clip in clips], path, model, translate, strict))
+        entries = [{"key": f"{clip.video_id}.mp4", "text": f"I am {clip.video_id}"}
+                   for clip in clips if clip.video_id != "video8"]  # fmt: skip
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(entries, file)
+        return whisper.WhisperSummary({"speech": len(entries)}, (("", "video8", "no audio"),))
+
+    monkeypatch.setattr(whisper, "transcribe", transcribe)
+    arguments = ["msrvtt", f"--root={root}", f"--out={tmp_path}", "--workers=1", *FLAGS]
+    assert main([*arguments, "--whisper=someone/tiny", "--translate"]) == 0
+    path = str(tmp_path / "msrvtt" / "whisper-someone--tiny-translated.json")
+    assert asked == [([f"video{n}" for n in range(12)], path, "someone/tiny", True, False)]
+    assert path in capsys.readouterr().out
+    directory = tmp_path / "msrvtt" / "9k" / "1.0.0"
+    assert transcripts(directory)["video3"] == "I am video3"
+    with (directory / "problems.csv").open() as file:
+        assert list(csv.reader(file))[1:] == [["test", "video8", "no audio"]]
+    counts = module.metadata(directory)["counts"]["test"]
+    assert (counts["not transcribed"], counts["problems"]) == (1, 1)
+    assert module.metadata(directory)["transcripts"] == "whisper someone--tiny, translated"
+
+
+def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, monkeypatch):
+    """ImageBind itself is tried in test_affinities.py."""
+    from data_pipelines import affinities
+    from save_jax.weights import imagebind
+
+    def compute(clips, directory, embed, *, workers, strict):
+        assert embed == "made of w.pth"
+        made = []
+        for clip in clips:
+            if not clip.teacher_audio:
+                os.makedirs(directory, exist_ok=True)
+                path = os.path.join(directory, f"{clip.video_id}.npy")
+                np.save(path, np.full(1024, 2, np.float32))
+                clip = dataclasses.replace(clip, teacher_audio=path)
+            made.append(clip)
+        return made, (("", "video0", "a problem"),)
+
+    monkeypatch.setattr(affinities, "compute", compute)
+    monkeypatch.setattr(imagebind, "make_embed", lambda path: f"made of {path}")
+    directory = prepare(
+        "msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1, imagebind="w.pth"
+    )
+    records = tfds.builder_from_directory(directory).as_data_source("train")
+    assert all(record["has_teacher"] for record in records)
+    assert records[3]["teacher_audio"].tolist() == [2] * 1024
+    assert module.metadata(directory)["counts"]["train"]["problems"] == 1
+
+
+def test_problems_of_the_annotations_are_counted_and_with_strict_an_error(
+    miniature, tmp_path, monkeypatch, capsys
+):
+    from data_pipelines.datasets import msrvtt
+
+    read = msrvtt.read_annotations
+    problems = (("test", "video7", "it is odd"), ("", "stray.mp4", "nobody knows it"))
+    monkeypatch.setattr(msrvtt, "read_annotations", lambda *_: read(*_)._replace(problems=problems))
+    arguments = ["msrvtt", f"--root={miniature}", f"--out={tmp_path}", "--workers=1", *FLAGS]
+    assert main([*arguments, "--strict"]) == 2
+    assert "split 'test', clip video7: expected usable files, found: it is odd" in (
+        capsys.readouterr().err
+    )
+    assert main(arguments) == 0
+    directory = tmp_path / "msrvtt" / "9k" / "1.0.0"
+    with (directory / "problems.csv").open() as file:
+        assert [tuple(row) for row in list(csv.reader(file))[1:]] == list(problems)
+    assert f"2 problems; each is in {directory}" in capsys.readouterr().out
+
+
+def test_strict_does_not_pass_over_shards_that_were_written_without_it(root, tmp_path, monkeypatch):
+    replace(root / "VideoData" / "video1.mp4", b"")
+    arguments = ["msrvtt", f"--root={root}", f"--out={tmp_path}", "--workers=1", *FLAGS]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipelines.build._describe", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert main([*arguments, "--strict"]) == 2
+    assert main(arguments) == 0

@@ -98,7 +98,7 @@ def test_a_clip_without_frames_is_left_out(clip):
 
 
 def test_what_nobody_thought_of_is_named_too(clip, monkeypatch):
-    def surprise(path, recipe):
+    def surprise(*_):
         raise MemoryError("64 GiB")
 
     monkeypatch.setattr(records.media, "decode_frames", surprise)

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from data_pipelines.transcripts import read_asr
+from data_pipelines.transcripts import read_asr, write_asr
 from save_jax.errors import UserError
 
 
@@ -19,6 +19,30 @@ def test_ids_are_keys_without_their_ending(tmp_path):
     ]
     found = read_asr(write(tmp_path / "asr.json", entries))
     assert found == {"video1": " Hello there.", "a.b": ""}
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "webm", "WEBM", "mpeg"])
+def test_other_endings_of_keys(tmp_path, ending):
+    entries = [{"key": f"a.web.{ending}", "text": "x"}, {"key": f"folder/b.{ending}", "text": "y"}]
+    found = read_asr(write(tmp_path / "asr.json", entries))
+    assert found == {"a.web": "x", "folder/b": "y"}
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    entries = [{"key": "clip one.mp4", "text": 'Été "là"\n', "language": "fr"}]
+    path = tmp_path / "folder" / "asr.json"
+    write_asr(str(path), entries)
+    assert read_asr(path) == {"clip one": 'Été "là"\n'}
+    assert json.loads(path.read_text(encoding="utf-8")) == entries
+    write_asr(str(path), [])
+    assert read_asr(path) == {}
+    assert [file.name for file in path.parent.iterdir()] == ["asr.json"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"asr\.json: expected a place to write transcripts"):
+        write_asr(str(tmp_path / "file" / "asr.json"), [])
 
 
 def test_an_empty_list(tmp_path):
@@ -53,6 +77,7 @@ def test_of_duplicates_the_first_text_counts_and_the_ids_are_named(tmp_path, cap
         ([{"key": "v.mp4", "text": None}], "'text' that is a NoneType.* entry 0"),
         ([{"key": 7, "text": "x"}], "'key' that is a int.* entry 0"),
         ([{"key": ".mp4", "text": "x"}], "too short.* entry 0"),
+        ([{"key": ".webm", "text": "x"}], "too short.* entry 0"),
         (["v.mp4"], "a str.* entry 0"),
     ],
 )
@@ -74,5 +99,5 @@ def test_other_encodings_and_absent_files(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'[{"key": "v.mp4", "text": "\xe9t\xe9"}]')
     with pytest.raises(UserError, match="UTF-8"):
         read_asr(tmp_path / "latin.json")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"absent\.json.*No such file"):
         read_asr(tmp_path / "absent.json")

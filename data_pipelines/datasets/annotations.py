@@ -1,0 +1,183 @@
+"""Reads annotation files as people have them: CSV, tab-separated, JSON and lists of ids.
+
+A byte-order mark and Windows line ends are tolerated. A file that is not what it should be raises
+UserError, with the line where there is one; a single row that is not is left out, and named in
+`problems`. Paths may be remote.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from data_pipelines.datasets.clip import Problem
+from save_jax.errors import UserError
+
+Row = tuple[int, dict[str, str]]  # the line it begins in, from 1, and its cells by column
+
+
+def require(root: str, files: Sequence[str], owner: str) -> None:
+    """Raises UserError naming those of the `files` below `root` that do not exist.
+
+    Args:
+        root: the data set's folder.
+        files: paths in it.
+        owner: whose files they are, for the message, such as "MSR-VTT's".
+    """
+    paths = [os.path.join(root, file) for file in files]
+    absent = [path for path in paths if not epath.Path(path).exists()]
+    if absent:
+        raise UserError(
+            f"{root}: expected {owner} annotation files there, did not find\n"
+            + "\n".join(f"  {path}" for path in absent)
+            + "\nPut them there or give another --root."
+        )
+
+
+def read_csv(
+    path: str, columns: Sequence[str], problems: list[Problem], *, blank: Sequence[str] = ()
+) -> list[Row]:
+    """Reads a comma-separated file whose first line names its columns.
+
+    Args:
+        path: the file.
+        columns: those that it must have; others are kept too.
+        problems: gets those rows that are left out: without a value in one of the columns, or with
+            more cells than there are columns, as an unquoted comma makes them.
+        blank: those of the columns in which a row may have no value.
+
+    Raises:
+        UserError: it is no such file, lacks a column, or has no usable row.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows: list[Row] = []
+    wrong: list[Problem] = []
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        absent = [column for column in columns if column not in names]
+        if absent:
+            raise UserError(
+                f"{path}: expected the columns {', '.join(columns)} in its first line, found "
+                f"{', '.join(names) or 'nothing'}. Is it the right file, separated by commas?"
+            )
+        before = reader.line_num
+        for cells in reader:
+            line, before = before + 1, reader.line_num
+            if not any(cells):
+                continue  # an empty line
+            row = dict(zip(names, cells, strict=False))
+            needed = [column for column in columns if column not in blank]
+            empty = [column for column in needed if not row.get(column, "").strip()]
+            if len(cells) > len(names):
+                wrong.append(
+                    ("", path, f"line {line} left out: {len(cells)} cells for {len(names)} "
+                     "columns; a text with a comma needs quotes around it")
+                )  # fmt: skip
+            elif empty:
+                wrong.append(("", path, f"line {line} left out: it has no {empty[0]}"))
+            else:
+                rows.append((line, {name: row.get(name, "") for name in names}))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: expected a CSV file, found near line {reader.line_num}: {error}. Is a quote "
+            "missing?"
+        ) from error
+    return _usable(path, rows, wrong, problems)
+
+
+def grouped(rows: Sequence[Row], key: str, value: str) -> dict[str, list[str]]:
+    """The values of one column for each value of another, in the order of the rows."""
+    values: dict[str, list[str]] = {}
+    for _, row in rows:
+        values.setdefault(row[key], []).append(row[value])
+    return values
+
+
+def read_tsv(path: str, columns: Sequence[str], problems: list[Problem]) -> list[Row]:
+    """Reads a tab-separated file without a line of names, in which quotes mean nothing.
+
+    Args:
+        path: the file.
+        columns: what its columns hold; every row must have a value in the first and the last.
+        problems: gets those rows that are left out.
+
+    Raises:
+        UserError: it is no such file, or has no usable row.
+    """
+    rows: list[Row] = []
+    wrong: list[Problem] = []
+    for line, text in _lines(path):
+        cells = [cell.strip() for cell in text.split("\t")]
+        if len(cells) == len(columns) and cells[0] and cells[-1]:
+            rows.append((line, dict(zip(columns, cells, strict=True))))
+        else:
+            wrong.append(
+                ("", path, f"line {line} left out: expected {len(columns)} cells with tabs between "
+                 f"them ({', '.join(columns)}), found {text[:80]!r}")
+            )  # fmt: skip
+    return _usable(path, rows, wrong, problems)
+
+
+def read_list(path: str, problems: list[Problem]) -> list[str]:
+    """Reads ids, one a line; those listed again are left out and named in `problems`.
+
+    Raises:
+        UserError: it is not a text file, or there are none.
+    """
+    ids: dict[str, None] = {}
+    for line, text in _lines(path):
+        if text.strip() in ids:
+            problems.append(("", path, f"line {line} left out: {text.strip()} is listed before"))
+        ids[text.strip()] = None
+    if not ids:
+        raise UserError(f"{path}: expected one clip's id a line, found none. Is it complete?")
+    return list(ids)
+
+
+def read_json(path: str, expected: str) -> Any:
+    """Reads a JSON file; UserError saying what was `expected`, and where it is malformed."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: expected {expected}, found malformed JSON at line {error.lineno}, column "
+            f"{error.colno} ({error.msg}). Is the file complete?"
+        ) from error
+
+
+def read_text(path: str) -> str:
+    """Reads a text in UTF-8, without its byte-order mark; UserError when it cannot be read."""
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected an annotation file, found: {error}. Put it there, or give another "
+            "--root."
+        ) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: expected text in UTF-8, found another encoding in line {line} (byte "
+            f"{error.start}). Save the file as UTF-8."
+        ) from error
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers from 1."""
+    # str.splitlines would also split at characters that may stand in a caption.
+    lines = io.StringIO(read_text(path), newline=None)
+    return ((number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _usable(path: str, rows: list[Row], wrong: list[Problem], problems: list[Problem]) -> list[Row]:
+    if not rows:
+        reason = wrong[0][2] if wrong else "found none"
+        raise UserError(f"{path}: expected one row a clip or caption; {reason}.")
+    problems += wrong
+    return rows

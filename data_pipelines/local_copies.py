@@ -1,0 +1,99 @@
+"""Local copies of remote files, for readers that know local files only."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import fsspec
+import tqdm
+
+from save_jax.errors import UserError
+
+# The folder to keep copies in, of whatever data set; it may be emptied at any time.
+DIRECTORY_VARIABLE = "SAVE_JAX_CACHE"
+
+_CHUNK = 8 * 2**20
+
+
+def local_copies(paths: Sequence[str]) -> list[str]:
+    """Copies those remote files that have no copy here yet.
+
+    A copy belongs to the very version of a file: of one written anew, there is a new copy. Of the
+    processes of a machine that want the same files, one copies, the others wait for it.
+
+    Args:
+        paths: remote files (gs://…, s3://…).
+
+    Returns:
+        the path of the copy of each.
+
+    Raises:
+        UserError: a file is absent, its store cannot be reached, or the copies cannot be written.
+    """
+    directory = pathlib.Path(
+        os.environ.get(DIRECTORY_VARIABLE) or pathlib.Path.home() / ".cache" / "save_jax"
+    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _one_process_at_a_time(directory / "lock"):
+            return _copy_all(paths, directory)
+    except FileNotFoundError as error:
+        raise UserError(f"expected the file {error}, did not find it. Prepare again.") from error
+    except ImportError as error:
+        raise UserError(
+            f"{paths[0]}: expected a store that can be read from, found that a package is missing "
+            f"({error}). Install gcsfs for gs://, s3fs for s3://."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{directory}: expected to keep copies there of {paths[0]} and others, found: {error}. "
+            f"Make room, or let {DIRECTORY_VARIABLE} name a folder on a larger disk."
+        ) from error
+
+
+def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
+    copies, absent = [], []
+    for path in paths:
+        files, name = fsspec.core.url_to_fs(path)
+        # What the store says of a file changes when the file does: its time, its checksum.
+        version = hashlib.sha256(f"{path} {files.ukey(name)}".encode()).hexdigest()[:24]
+        copy = directory / f"{version}-{name.rpartition('/')[2]}"
+        copies.append(os.fspath(copy))
+        if not copy.exists():
+            absent.append((files, name, copy))
+    if absent:
+        with tqdm.tqdm(
+            desc=f"copying {paths[0].rpartition('/')[0]} to {directory}",
+            total=sum(files.size(name) for files, name, _ in absent),
+            unit="B",
+            unit_scale=True,
+        ) as progress:
+            for files, name, copy in absent:
+                _copy(files, name, copy, progress)
+    return copies
+
+
+def _copy(
+    files: fsspec.AbstractFileSystem, name: str, copy: pathlib.Path, progress: tqdm.tqdm
+) -> None:
+    """Copies a file, which has its name only once it is complete."""
+    partial = copy.with_name(f"{copy.name}.partial")
+    try:
+        with files.open(name, "rb") as source, partial.open("wb") as target:
+            while chunk := source.read(_CHUNK):
+                progress.update(target.write(chunk))
+            target.flush()
+            os.fsync(target.fileno())  # after a power cut, a name must not stand for nothing
+        partial.replace(copy)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process, however that ends
+        yield

@@ -1,0 +1,42 @@
+"""Where a prepared directory and what belongs to it lie."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+
+from etils import epath
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object in a store (gs://…) rather than a file here."""
+    return "://" in os.fspath(path)
+
+
+def work_directory(directory: epath.Path) -> epath.Path:
+    """What a directory is called until it is complete: another name, where it can be renamed."""
+    if is_remote(directory):
+        return directory
+    return directory.with_name(f"{directory.name}.incomplete")
+
+
+def notes_directory(directory: epath.Path) -> epath.Path:
+    """Where it is noted which shards of a directory are done, until all of it is."""
+    return directory.with_name(f"{directory.name}.progress")
+
+
+def lock_path(directory: epath.Path) -> str:
+    """The file that a process locks while it prepares a directory."""
+    if not is_remote(directory):
+        return f"{directory}.lock"
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return os.path.join(tempfile.gettempdir(), f"save_jax-{os.getuid()}-{name}.lock")
+
+
+def clean_up(directory: epath.Path) -> None:
+    """Removes what a directory that is complete needs no more."""
+    with contextlib.suppress(OSError):  # it is not there; or it is not for us to write there
+        notes_directory(directory).rmtree()
+    # Should another process hold the lock still, then to find out what is known here.
+    with contextlib.suppress(OSError):
+        os.unlink(lock_path(directory))

@@ -1,0 +1,244 @@
+"""What training would lack: a prepared directory and a data set's files, checked, on one screen."""
+
+import collections
+import dataclasses
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from array_record.python import array_record_data_source
+from etils import epath
+from PIL import Image
+
+from data_pipelines import affinities, datasets, storage, vectors
+from data_pipelines.datasets.clip import Clip
+from data_pipelines.places import is_remote
+from data_pipelines.recipe import Recipe
+from data_pipelines.tables import table
+from data_pipelines.transcripts import read_asr
+from save_jax.errors import UserError
+
+_EXAMPLES = 3  # names given of each kind of thing that is absent
+_MOST_LINES = 8  # of what stops training
+
+
+def verify(
+    directory: epath.Path, recipe: Recipe | None, dataset: str, variant: str, root: str, out: str
+) -> bool:
+    """Prints what is prepared, what the data set's files lack, and what stops training.
+
+    Every record is read and parsed, which also checks its checksum, and its first frame decoded;
+    every vector of the teacher is read. Videos are only looked for.
+
+    Args:
+        directory: the prepared directory, which may be absent.
+        recipe: what it was prepared by; None = it is not there, or not complete.
+        dataset: the data set's name.
+        variant: the name of its variant.
+        root: the folder of its files; "" = only what is prepared is checked.
+        out: the folder of what is prepared.
+
+    Returns:
+        Whether nothing stops training.
+    """
+    stops: list[str] = []
+    prepared: dict[str, list[dict[str, Any]]] = {}
+    if recipe is None:
+        stops.append(f"{directory} is not prepared, or not completely")
+    else:
+        prepared = _check_prepared(directory, recipe, stops)
+    if root:
+        try:
+            _check_files(dataset, variant, root, out, prepared if recipe else None)
+        except UserError as error:
+            print(f"{root}: {error}")
+    if recipe and not any(entry["captions"] for entry in prepared.get("train", [])):
+        stops.append("no clip of a split 'train' has a caption: there is nothing to train on")
+    if not stops:
+        print("Nothing stops training.")
+        return True
+    print(f"{len(stops)} thing{'s stop' if len(stops) > 1 else ' stops'} training:")
+    for line in stops[:_MOST_LINES]:
+        print(f"  {line}")
+    if len(stops) > _MOST_LINES:
+        print(f"  and {len(stops) - _MOST_LINES} more")
+    return False
+
+
+def _check_prepared(
+    directory: epath.Path, recipe: Recipe, stops: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Prints what is prepared; returns the index of each split that has one."""
+    try:
+        info = tfds.builder_from_directory(os.fspath(directory)).info
+    except Exception as error:  # a damaged file may bring up anything
+        stops.append(f"{directory}: TFDS cannot read its metadata: {_first_line(error)}")
+        return {}
+    indices, counts = {}, {}
+    total = info.splits.total_num_examples
+    with tqdm.tqdm(total=total, desc="checking records", unit="clip") as progress:
+        for split, its in info.splits.items():
+            index = storage.read_json(os.fspath(directory / f"index-{split}.json"))
+            if index is None:
+                stops.append(f"index-{split}.json is absent or damaged")
+                continue
+            indices[split] = index
+            if len(index) != its.num_examples:
+                stops.append(f"{split}: {len(index)} clips in the index, {its.num_examples} stored")
+            entries = iter(index)
+            readable = 0
+            for path, length in zip(its.filepaths, its.shard_lengths, strict=True):
+                expected = [next(entries, {}) for _ in range(length)]
+                its_readable, wrong = _check_records(path, expected, recipe)
+                progress.update(length)
+                readable += its_readable
+                stops += [f"{path.name}: {words}" for words in wrong]
+            counts[split] = {
+                "prepared": len(index),
+                "readable": readable,
+                "captions": sum(len(entry["captions"]) for entry in index),
+                "without caption": sum(not entry["captions"] for entry in index),
+                "without audio": sum(not entry["has_audio"] for entry in index),
+                "without transcript": sum(not entry["transcript"] for entry in index),
+                "without teacher": sum(not entry["has_teacher"] for entry in index),
+            }
+    made_by = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(recipe).items())
+    print(f"{directory}: {made_by}")
+    if counts:
+        print(table(counts))
+    return indices
+
+
+def _check_records(
+    path: epath.Path, expected: Sequence[dict[str, Any]], recipe: Recipe
+) -> tuple[int, list[str]]:
+    """How many records of a file are as the index says, and what is wrong, in words."""
+    if not path.exists():
+        return 0, ["the file is absent"]
+    with tempfile.TemporaryDirectory() as scratch:
+        local = os.fspath(path)
+        if is_remote(local):  # array_record reads files of this machine only
+            local = os.path.join(scratch, path.name)
+            path.copy(local)
+        try:
+            records = array_record_data_source.ArrayRecordDataSource([local])
+        except (RuntimeError, ValueError, IndexError) as error:
+            return 0, [f"it cannot be read: {_first_line(error)}"]
+        with records:
+            if len(records) != len(expected):
+                return 0, [f"expected {len(expected)} records, found {len(records)}"]
+            wrong = []
+            for position, entry in enumerate(expected):
+                words = _wrong_record(records, position, entry, recipe)
+                if words:
+                    wrong.append(f"record {position} ({entry.get('video_id', 'unknown')}): {words}")
+    return len(expected) - len(wrong), wrong
+
+
+def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Recipe) -> str | None:
+    try:
+        record = storage.features(recipe).deserialize_example_np(records[position])
+    except Exception as error:  # a damaged file may bring up anything
+        return f"it cannot be read: {_first_line(error)}"
+    video_id = record["video_id"].decode()
+    if video_id != entry.get("video_id"):
+        return f"the index has {entry.get('video_id')!r} there, the file {video_id!r}"
+    frames = record["frames"]
+    if not 1 <= len(frames) == record["num_frames"] <= recipe.max_frames:
+        return f"it has {len(frames)} frames, and says {record['num_frames']}"
+    size = recipe.image_size
+    try:
+        if recipe.encoding == "raw":
+            shape = np.frombuffer(frames[0], np.uint8).reshape(size, size, 3).shape
+        else:
+            with Image.open(io.BytesIO(frames[0])) as image:
+                shape = np.asarray(image).shape
+    except (OSError, ValueError) as error:
+        return f"its first frame cannot be decoded: {_first_line(error)}"
+    if shape != (size, size, 3):
+        return f"its first frame has shape {shape}, expected {(size, size, 3)}"
+    if not np.isfinite(record["fbank"]).all():
+        return "its filterbank is not finite"
+    return None
+
+
+def _check_files(
+    dataset: str,
+    variant: str,
+    root: str,
+    out: str,
+    prepared: dict[str, list[dict[str, Any]]] | None,
+) -> None:
+    """Prints what the data set's own files lack, against each other and what is prepared."""
+    module = datasets.load_dataset(dataset)
+    annotations = module.read_annotations(root, variant)
+    asr = module.asr_file(root)
+    spoken = set(read_asr(asr)) if epath.Path(asr).exists() else None
+    absent: dict[str, list[str]] = collections.defaultdict(list)
+    counts = {}
+    clips = sum(map(len, annotations.splits.values()))
+    with tqdm.tqdm(total=clips, desc="checking files", unit="clip") as progress:
+        for split, its in annotations.splits.items():
+            ready = {entry["video_id"] for entry in (prepared or {}).get(split, [])}
+            kinds = collections.Counter()
+            for clip in its:
+                progress.update()
+                lacking = list(_lacking(clip, os.path.join(out, dataset, "ImageBind")))
+                if spoken is not None and clip.video_id not in spoken:
+                    lacking.append("not transcribed")
+                if prepared is not None and clip.video_id not in ready:
+                    lacking.append("not prepared")
+                kinds.update(lacking)
+                for kind in lacking:
+                    absent[kind].append(clip.video_id)
+            counts[split] = {
+                "listed": len(its),
+                "video absent": kinds["video absent"],
+                "vector absent": kinds["vector absent"],
+                "vector bad": kinds["vector bad"],
+                "not transcribed": kinds["not transcribed"],
+                "not prepared": kinds["not prepared"],
+            }
+    print(f"{root}:")
+    print(table(counts))
+    if spoken is None:
+        print(f"There is no file of transcripts, {asr}: Whisper would make them.")
+    for kind, names in absent.items():
+        print(f"{kind}: {_some(names)}")
+    if annotations.problems:
+        words = [f"{name}: {words}" for _, name, words in annotations.problems]
+        print(f"{len(words)} problems of the annotations: {_some(words)}")
+
+
+def _lacking(clip: Clip, computed: str) -> Iterator[str]:
+    """What a clip lacks among the data set's files."""
+    if not epath.Path(clip.video).exists():
+        yield "video absent"
+    kinds = set()
+    for given, folder in zip(
+        (clip.teacher_video, clip.teacher_audio), affinities.FOLDERS.values(), strict=True
+    ):
+        path = given or os.path.join(computed, folder, f"{clip.video_id}.npy")
+        if not epath.Path(path).exists():
+            kinds.add("vector absent")
+            continue
+        try:
+            vectors.read_vector(path, Recipe.teacher_size)
+        except vectors.VectorError:
+            kinds.add("vector bad")
+    yield from sorted(kinds)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_EXAMPLES]) + (
+        f", … ({len(names)} in all)" if len(names) > _EXAMPLES else ""
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:100]

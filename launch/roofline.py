@@ -1,0 +1,122 @@
+"""What a step must compute, what a chip can do, and the time that leaves at least.
+
+The compiler's own count (`cost_analysis`) takes a loop's body once, however often it runs. Here
+floating-point operations are counted on the jaxpr, where every scan says its length.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One accelerator chip's published figures.
+
+    Attributes:
+        kind: what JAX calls it.
+        memory: bytes of HBM.
+        flops: dense bfloat16 operations a second, at best.
+        bandwidth: bytes a second between HBM and chip.
+        interconnect: bytes a second that a chip can receive from its neighbours over all its
+            links together: half of what is published as bidirectional.
+        shapes: example topologies, for an error message.
+    """
+
+    kind: str
+    memory: int
+    flops: float
+    bandwidth: float
+    interconnect: float
+    shapes: str
+
+
+# Google's documentation, cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "key specifications".
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1200e9, 300e9, "v4:2x2x1, v4:2x2x2, v4:4x4x4"),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 197e12, 819e9, 200e9, "v5e:1x1, v5e:2x4, v5e:16x16"),
+    "v5p": Chip("TPU v5", 95 * GIB, 459e12, 2765e9, 600e9, "v5p:2x2x1, v5p:2x2x2, v5p:4x4x4"),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 918e12, 1638e9, 400e9, "v6e:1x1, v6e:2x4, v6e:16x16"),
+}
+# A float32 product of full precision is six bfloat16 products on these chips.
+PASSES = {"bfloat16": 1, "float32": 6}
+
+
+class Roofline(NamedTuple):
+    """The least time a program can take, in seconds, by each of three limits alone."""
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def bound(self) -> str:
+        """Which limit is the highest."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+    @property
+    def seconds(self) -> float:
+        """The estimate: the highest limit, as if the others were hidden behind it."""
+        return max(self)
+
+
+def roofline(chip: Chip, dtype: str, flops: float, hbm_bytes: float, wire_bytes: float) -> Roofline:
+    """Times of one chip's share of a program.
+
+    Args:
+        chip: which chip.
+        dtype: what its matrix products are in.
+        flops: operations of matrix products.
+        hbm_bytes: bytes read from and written to HBM.
+        wire_bytes: bytes received from other chips.
+    """
+    return Roofline(
+        flops * PASSES[dtype] / chip.flops,
+        hbm_bytes / chip.bandwidth,
+        wire_bytes / chip.interconnect,
+    )
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Floating-point operations of all matrix products and convolutions in a jaxpr.
+
+    Two a multiply-add, on all devices together. A scan's body counts as often as it runs, of a
+    `cond` the dearest branch; a `while` says nothing of its length, and its body counts once.
+
+    Args:
+        jaxpr: open or closed, as `jax.make_jaxpr` or a traced function's `.jaxpr` gives.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return math.fsum(_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        sizes = eqn.invars[0].aval.shape
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(sizes[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
+    if name == "scan":
+        return params["length"] * count_flops(params["jaxpr"])
+    if name == "cond":
+        return max(count_flops(branch) for branch in params["branches"])
+    inside = math.fsum(count_flops(jaxpr) for jaxpr in _jaxprs(params))
+    if name == "shard_map":  # its body is one device's part
+        return inside * math.prod(
+            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+        )
+    return inside
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters, as jit, checkpoint, custom_vjp … have them."""
+    for value in params.values():
+        if isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)):
+            yield value

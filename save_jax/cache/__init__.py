@@ -1,0 +1,357 @@
+"""What frozen encoders make of a split, on disk: written once, read at every step instead.
+
+`python -m save_jax.cache` writes a cache (`save_jax/cache/__main__.py`), `config.cache.dir` trains
+and evaluates from one. DIR/SPLIT/ holds one .npy file an array, a row a clip (or a caption), and
+meta.json, which says how far each array is and what it was made of: the weights, the data and the
+sizes. A run of other weights, data or sizes is refused.
+
+Nothing here needs TensorFlow: the arrays are plain NumPy files, mapped into memory.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from save_jax import sharding
+from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+from save_jax.optimizer import OptimizerConfig, group_of
+from save_jax.parameters import Parameters
+
+FORMAT = 1  # raised when files of the same names come to mean something else
+_READERS = 8  # threads
+_LARGE = 2**16  # bytes of a row that is worth a thread
+_TRAINS = "ast.norm."  # comes after what is cached of AST, so that it may train
+
+
+class Kept(NamedTuple):
+    """An array of a batch that a cache can hold.
+
+    Attributes:
+        part: what a user calls it, together with what comes with it.
+        tower: the start of the names of the parameters that make it; "" = none do.
+    """
+
+    part: str
+    tower: str
+
+
+ARRAYS = {
+    "frame_embeddings": Kept("frames", "clip.visual."),
+    "frame_mask": Kept("frames", ""),
+    "caption_embeddings": Kept("captions", "clip.text."),
+    "ast_states": Kept("ast", "ast."),
+    "speech_states": Kept("speech", "clip.text."),
+    "teacher_video": Kept("teacher", ""),
+    "teacher_audio": Kept("teacher", ""),
+}
+ONLY_TRAINING = ("captions", "teacher")  # evaluation embeds each caption once, as it is
+PARTS = tuple(dict.fromkeys(kept.part for kept in ARRAYS.values()))
+
+
+class Split(NamedTuple):
+    """What a cache must know of a split.
+
+    Attributes:
+        name: "train", say.
+        clips: how many there are.
+        digest: of the clips' names, of how they were prepared, and of a sample of the result.
+        caption_ids: int32 [captions, L].
+        transcript_ids: int32 [clips, L].
+        max_frames: F.
+        teacher_size: length of the teacher's vectors; 0 = they are not wanted.
+    """
+
+    name: str
+    clips: int
+    digest: str
+    caption_ids: np.ndarray
+    transcript_ids: np.ndarray
+    max_frames: int
+    teacher_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One array of one split, as it should be.
+
+    Attributes:
+        shape: of the whole array.
+        weights: digest of the parameters that make it; "" = none do.
+        data: digest of what it is made from.
+        sizes: what else decides its values, by name.
+    """
+
+    shape: tuple[int, ...]
+    weights: str
+    data: str
+    sizes: Mapping[str, Any]
+
+
+#### What there is to cache, and what it is made of.
+
+
+def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) -> tuple[str, ...]:
+    """The parts that no update changes: those of encoders all of whose parameters are frozen.
+
+    Args:
+        model: for the branches that exist.
+        rates: learning rate of each group of parameters.
+        params: all parameters, or abstract ones.
+    """
+    branches = {"ast": model.sound_weight, "speech": model.speech_weight}
+    absent = {part for part, weight in branches.items() if not weight}
+    moving = {
+        kept.part
+        for kept in ARRAYS.values()
+        if any(rates.rate(group_of(name)) for name in _names(kept.tower, params))
+    }
+    return tuple(part for part in PARTS if part not in absent | moving)
+
+
+def _names(tower: str, params: Parameters) -> list[str]:
+    """The parameters that make what is cached of a tower."""
+    if not tower:
+        return []
+    return sorted(k for k in params if k.startswith(tower) and not k.startswith(_TRAINS))
+
+
+def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> str:
+    """A digest of names, shapes and values, wherever on the mesh they lie."""
+    digest = hashlib.sha256()
+    for name in _names(tower, params):
+        value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value))
+    return digest.hexdigest()
+
+
+def plans(
+    split: Split,
+    model: SAVEConfig,
+    params: Parameters,
+    parts: Sequence[str],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Plan]:
+    """What the arrays of some parts must be for this model, these weights and this split."""
+    clip = {"dtype": model.dtype} | {f"clip.{k}": v for k, v in vars(model.clip).items()}
+    ast = {"dtype": model.dtype} | {f"ast.{k}": v for k, v in vars(model.ast).items()}
+    dim, words = model.clip.embed_dim, split.transcript_ids.shape[1]
+    vision, text = clip | {"max_frames": split.max_frames}, clip | {"max_words": words}
+    vectors = (split.clips, split.teacher_size)
+    described = {
+        "frame_embeddings": ((split.clips, split.max_frames, dim), vision, None),
+        "frame_mask": ((split.clips, split.max_frames), {}, None),
+        "caption_embeddings": ((len(split.caption_ids), dim), text, split.caption_ids),
+        "ast_states": ((split.clips, model.ast.patches + 1, model.ast.width), ast, None),
+        "speech_states": ((split.clips, words, dim), text, split.transcript_ids),
+        "teacher_video": (vectors, {}, None),
+        "teacher_audio": (vectors, {}, None),
+    }
+    digest_of = functools.cache(lambda tower: weights_digest(tower, params, mesh) if tower else "")
+    return {
+        name: Plan(
+            shape,
+            digest_of(ARRAYS[name].tower),
+            split.digest if ids is None else digest(split.digest, ids.tobytes()),
+            sizes,
+        )
+        for name, (shape, sizes, ids) in described.items()
+        if ARRAYS[name].part in parts and (ARRAYS[name].part != "teacher" or split.teacher_size)
+    }
+
+
+def digest(*facts: str | bytes) -> str:
+    """A digest of facts in their order."""
+    found = hashlib.sha256()
+    for fact in facts:
+        fact = fact.encode() if isinstance(fact, str) else fact
+        found.update(b"%d\n" % len(fact) + fact)
+    return found.hexdigest()
+
+
+def differences(name: str, found: Mapping[str, Any], plan: Plan) -> list[str]:
+    """In words: how what an array was made of differs from what it should be made of."""
+    tower = ARRAYS[name].tower
+    lines = []
+    if found["weights"] != plan.weights:
+        lines.append(
+            f"weights of {tower}*: {found['weights'][:12]} there, {plan.weights[:12]} here"
+        )
+    if found["data"] != plan.data:
+        lines.append(
+            f"data (clips, how they were prepared, or texts): {found['data'][:12]} there, "
+            f"{plan.data[:12]} here"
+        )
+    sizes = found["sizes"]
+    for key in sorted(set(sizes) | set(plan.sizes)):
+        there, here = sizes.get(key), plan.sizes.get(key)
+        if there != here:
+            lines.append(f"sizes: {key} = {there!r} there, {here!r} here")
+    if not lines and tuple(found["shape"]) != plan.shape:
+        lines.append(f"sizes: shape {tuple(found['shape'])} there, {plan.shape} here")
+    return [f"  {name}: {line}" for line in lines]
+
+
+def read_meta(directory: pathlib.Path) -> dict[str, Any] | None:
+    """meta.json of a split's cache, or None where there is none.
+
+    Raises:
+        UserError: it is damaged, or of another version of this format.
+    """
+    path = directory / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        if meta["format"] != FORMAT:
+            raise UserError(
+                f"{path}: expected format {FORMAT}, found {meta['format']}: it was written by "
+                "another version. Remove the directory, and write the cache again."
+            )
+        return meta
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Remove {directory}, and write the cache again."
+        ) from error
+
+
+def save_meta(directory: pathlib.Path, meta: Mapping[str, Any]) -> None:
+    temporary = directory / "meta.json.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / "meta.json")
+
+
+def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: str) -> np.ndarray:
+    """An array's file in memory.
+
+    Raises:
+        UserError: it is absent, or not what meta.json says.
+    """
+    path, dtype = directory / f"{name}.npy", jnp.dtype(entry["dtype"])
+    try:
+        array = np.load(path, mmap_mode=mode)
+        if array.shape != tuple(entry["shape"]) or array.dtype != on_disk(dtype):
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected {dtype} {tuple(entry['shape'])}, as meta.json beside it says, found "
+            f"otherwise ({error}). Remove {directory}, and write the cache again."
+        ) from error
+    return array.view(dtype)
+
+
+def on_disk(dtype: np.dtype) -> np.dtype:
+    """NumPy's files know no bfloat16: its bytes are kept as 16-bit integers."""
+    return np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
+
+
+#### Reading.
+
+
+class Cache:
+    """The arrays of one split that a run uses.
+
+    Attributes:
+        parts: what need not be computed, of PARTS.
+    """
+
+    def __init__(self, directory: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]):
+        self._arrays = {
+            name: map_file(directory, name, entry, "r") for name, entry in entries.items()
+        }
+        self._threads = concurrent.futures.ThreadPoolExecutor(_READERS, "cache")
+        self.parts = frozenset(ARRAYS[name].part for name in entries)
+
+    def read(self, rows: np.ndarray, pairs: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Fields of a batch.
+
+        Args:
+            rows: the clips, as rows of the split.
+            pairs: their captions, as rows of the table of captions; None in evaluation.
+        """
+        training = pairs is not None
+        return {
+            name: self._copy(array, pairs if ARRAYS[name].part == "captions" else rows)
+            for name, array in self._arrays.items()
+            if training or ARRAYS[name].part not in ONLY_TRAINING
+        }
+
+    def _copy(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        if array[:1].nbytes < _LARGE:
+            return array[rows]
+        out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+
+        def copy(place: int) -> None:
+            out[place] = array[rows[place]]  # leaves the interpreter to others meanwhile
+
+        list(self._threads.map(copy, range(len(rows))))
+        return out
+
+
+def open_split(
+    directory: str | os.PathLike,
+    split: Split,
+    model: SAVEConfig,
+    params: Parameters,
+    parts: Sequence[str],
+    mesh: jax.sharding.Mesh,
+) -> Cache:
+    """Opens the cache of a split, after a check that it is of what it should be.
+
+    Args:
+        directory: the cache, DIR.
+        split: which; `has_split` says whether it is there.
+        model, params: the run's.
+        parts: those that may come from a cache (`frozen_parts`); of them, the ones that are there
+            will.
+        mesh: devices.
+
+    Raises:
+        UserError: nothing there can be used, or an array that can be was made of something else,
+            is not complete, or is damaged.
+    """
+    where = pathlib.Path(directory) / split.name
+    found = (read_meta(where) or {"arrays": {}})["arrays"]
+    there = {ARRAYS[name].part for name in found}
+    expected = plans(split, model, params, [part for part in parts if part in there], mesh)
+    usable = {name: found[name] for name in expected if name in found}
+    if not any(ARRAYS[name].tower for name in usable):
+        raise UserError(
+            f"{where} holds {', '.join(sorted(there)) or 'nothing'}; of this config's parts, the "
+            f"frozen ones are {', '.join(parts)}: there is nothing to be used "
+            "(config.optimizer.clip=0 and config.optimizer.ast=0 freeze CLIP and AST)"
+        )
+    lines = [x for name in usable for x in differences(name, usable[name], expected[name])]
+    if lines:
+        raise UserError(
+            f"{where} was made of something else than this run is of:\n"
+            + "\n".join(lines)
+            + "\nMake a cache for this run in another directory (python -m save_jax.cache "
+            "--out=DIR with this run's config), or leave config.cache.dir empty."
+        )
+    for name, entry in usable.items():
+        if entry["done"] < entry["shape"][0]:
+            raise UserError(
+                f"{where}: {name} is not complete, it has {entry['done']} of {entry['shape'][0]} "
+                "rows. The command that was writing it goes on where it stopped."
+            )
+    return Cache(where, usable)
+
+
+def has_split(directory: str | os.PathLike, split: str) -> bool:
+    """Whether there is a cache of a split, complete or not."""
+    return (pathlib.Path(directory) / split / "meta.json").exists()

@@ -1,0 +1,87 @@
+"""Sources and prepared data in an object store: the same records as here."""
+
+import pytest
+from etils import epath
+
+from data_pipelines import build, shards
+from data_pipelines.prepare import main
+from save_jax.errors import UserError
+from tests import object_store, preparing
+from tests.data_pipelines.conftest import SMALL
+
+WHERE = "msrvtt/9k/1.0.0"
+
+
+@pytest.fixture
+def store(miniature):
+    """A store with the miniature in it."""
+    store = object_store.register()
+    store.put(str(miniature), "gs://bucket/root", recursive=True)
+    return store
+
+
+@pytest.fixture(scope="module")
+def local(miniature, tmp_path_factory) -> dict[str, bytes]:
+    return contents(preparing.run(str(miniature), str(tmp_path_factory.mktemp("local"))))
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in epath.Path(directory).iterdir()}
+
+
+def test_a_remote_root(store, tmp_path, local):
+    assert contents(preparing.run("gs://bucket/root", str(tmp_path))) == local
+
+
+def test_a_remote_root_and_out(store, local, capsys):
+    directory = preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert str(directory) == f"gs://bucket/out/{WHERE}"
+    assert contents(directory) == local
+    assert {path.split("/9k/")[1].split("/")[0] for path in store.find("gs://bucket/out")} == {
+        "1.0.0"
+    }
+    preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert "Already prepared" in capsys.readouterr().out
+
+
+def test_an_interrupted_one_goes_on(store, local, monkeypatch):
+    """It is complete once it has its metadata.json, which is written last."""
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_describe", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert not store.exists(f"gs://bucket/out/{WHERE}/metadata.json")
+    written = []
+    write = shards.write
+    monkeypatch.setattr(
+        shards, "write", lambda shard, *args, **kw: written.append(shard.number) or write(
+            shard, *args, **kw
+        )
+    )  # fmt: skip
+    with store.open("gs://bucket/root/VideoData/video5.mp4", "ab") as file:
+        file.write(b"\0" * 8)  # as good as before, but not the same
+    directory = preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert written == [1] and contents(directory) == local
+
+
+def test_what_stops_before_metadata_json_is_not_complete(store, monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        "data_pipelines.storage.copy_file", lambda _, path: copied.append(epath.Path(path).name)
+    )
+    preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert copied[-1] == "metadata.json" and len(copied) == len(set(copied)) == 6
+
+
+def test_it_can_be_verified(store, capsys):
+    preparing.run("gs://bucket/root", "gs://bucket/out")
+    command = ["msrvtt", "--root=gs://bucket/root", "--out=gs://bucket/out", "--verify"]
+    assert main(command) == 0
+    assert "Nothing stops training" in capsys.readouterr().out
+
+
+def test_a_remote_root_that_is_not_there(store, tmp_path):
+    flags = [f"--{key}={value}" for key, value in SMALL.items()]
+    with pytest.raises(UserError, match="--root=gs://bucket/none, found none"):
+        preparing.run("gs://bucket/none", str(tmp_path))
+    assert main(["msrvtt", "--root=gs://bucket/none", f"--out={tmp_path}", *flags]) == 2

@@ -1,0 +1,339 @@
+"""A cache of frozen encoders: the same losses, and no other run's features."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from save_jax import cache, main, optimizer, sharding, train
+from save_jax import config as configuration
+from save_jax.cache import __main__ as command
+from save_jax.errors import UserError
+from tests import caching, miniatures
+
+TRAINING = {
+    "frame_embeddings",
+    "frame_mask",
+    "caption_embeddings",
+    "ast_states",
+    "speech_states",
+    "teacher_video",
+    "teacher_audio",
+}
+EVALUATION = TRAINING - {"caption_embeddings", "teacher_video", "teacher_audio"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The miniature, prepared: 5 clips with 100 captions to train on."""
+    from data_pipelines.prepare import prepare
+    from data_pipelines.recipe import Recipe
+
+    root, out = tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared")
+    miniatures.msrvtt(root, n_train=5, n_test=3)
+    recipe = Recipe(image_size=32, fbank_frames=64, max_frames=4)
+    prepare("msrvtt", root=str(root), out=str(out), recipe=recipe, workers=1)
+    return out
+
+
+def alone(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs a module in a process of its own, on one device."""
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+
+
+@pytest.fixture(scope="module")
+def cached(data, tmp_path_factory):
+    """A float32 cache of the experiment, made on one device by the command line."""
+    out = tmp_path_factory.mktemp("cache") / "float32"
+    changes = caching.CHANGES | {"data.dir": data, "eval_batch_size": 2}
+    done = alone(
+        "save_jax.cache",
+        "--config=configs/demo.py",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+        "--dtype=float32",
+        f"--out={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "are free there" in done.stdout and "complete" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def open_data(data):
+    """Opens the experiment's splits with a cache, for weights that are made once."""
+    mesh = sharding.make_mesh({"data": -1})
+    values = caching.config(data)
+    _, state = train.create_state(
+        configuration.model_config(values), optimizer.ALL_FROZEN, values["seed"], mesh
+    )
+
+    def opened(directory, params=None, **changes):
+        values = caching.config(data, cache__dir=str(directory), **changes)
+        found = main.Data(values)
+        found.training()
+        rates = configuration.optimizer_config(values, total_steps=5)
+        found.use_cache(state.frozen | (params or {}), rates, mesh)
+        return found
+
+    opened.params = state.frozen
+    return opened
+
+
+def losses(workdir) -> np.ndarray:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def computed(data, tmp_path_factory):
+    """A run in which all is computed; its workdir."""
+    workdir = tmp_path_factory.mktemp("computed")
+    assert main.run(caching.config(data), workdir)
+    return workdir
+
+
+def arrays(directory) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path) for path in directory.glob("*.npy")}
+
+
+def test_what_a_cache_holds(cached):
+    train_arrays, test_arrays = arrays(cached / "train"), arrays(cached / "test")
+    assert set(train_arrays) == TRAINING and set(test_arrays) == EVALUATION
+    assert train_arrays["frame_embeddings"].shape == (5, 4, 16)
+    assert train_arrays["caption_embeddings"].shape == (100, 16)
+    assert train_arrays["speech_states"].shape == (5, 12, 16)
+    assert train_arrays["frame_mask"].tolist() == [[True, True, True, False]] * 5
+    for name in TRAINING - {"frame_mask"}:  # all rows were written
+        assert train_arrays[name].any(axis=tuple(range(1, train_arrays[name].ndim))).all() or (
+            name.startswith("teacher")
+        )
+
+
+@pytest.mark.parametrize("parts", [None, ["ast"], ["frames", "captions"]])
+def test_losses_are_those_of_a_run_that_computes_all(data, cached, computed, tmp_path, parts):
+    directory = cached
+    if parts:  # the rest is computed, from frames and sound that are read
+        directory = tmp_path / "part"
+        shutil.copytree(cached, directory)
+        for meta in directory.glob("*/meta.json"):
+            content = json.loads(meta.read_text())
+            content["arrays"] = {
+                name: entry
+                for name, entry in content["arrays"].items()
+                if cache.ARRAYS[name].part in parts
+            }
+            meta.write_text(json.dumps(content))
+    workdir = tmp_path / "run"
+    assert main.run(caching.config(data, cache__dir=str(directory)), workdir)
+    expected = losses(computed)
+    assert len(expected) == 5 and len(set(expected)) == 5
+    np.testing.assert_allclose(losses(workdir), expected, rtol=0, atol=1e-6)
+    one, other = (np.load(w / "evaluation" / "5" / "similarity.npy") for w in (computed, workdir))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_states_kept_in_bfloat16_change_little(data, computed, tmp_path):
+    command.run(caching.config(data), str(tmp_path / "cache"), splits=["train"])
+    assert np.load(tmp_path / "cache" / "train" / "ast_states.npy").dtype == np.uint16
+    assert main.run(caching.config(data, cache__dir=str(tmp_path / "cache")), tmp_path / "run")
+    found, expected = losses(tmp_path / "run"), losses(computed)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert (found != expected).any()  # or bfloat16 was not what was read
+
+
+def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):
+    found = open_data(cached)
+    read = found._pipeline.array_record_data_source.ArrayRecordDataSource
+    monkeypatch.setattr(read, "__init__", lambda *_: pytest.fail("records are read"))
+    (batch,) = found.training().batches(3, 4)
+    assert batch.frames is batch.fbank is batch.caption_ids is batch.transcript_ids is None
+    assert batch.frame_embeddings.shape == (8, 4, 16)
+    np.testing.assert_array_equal(
+        batch.frame_embeddings, np.load(cached / "train" / "frame_embeddings.npy")[batch.index]
+    )
+
+
+def test_the_order_is_that_of_a_run_that_computes_all(data, cached, open_data):
+    plain = main.Data(caching.config(data)).training().batches(0, 12)
+    for one, other in zip(plain, open_data(cached).training().batches(0, 12), strict=True):
+        np.testing.assert_array_equal(one.index, other.index)
+        np.testing.assert_array_equal(one.has_audio, other.has_audio)
+        np.testing.assert_array_equal(one.teacher_audio, other.teacher_audio)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "arrays"),
+    [
+        ("clip.visual.proj", ["frame_embeddings"]),
+        ("clip.text.ln_final.bias", ["caption_embeddings", "speech_states"]),
+        ("ast.blocks.layer.ln_1.scale", ["ast_states"]),
+        ("clip.logit_scale", []),
+        ("ast.norm.scale", []),
+        ("audio_projection.kernel", []),
+    ],
+)
+def test_other_weights_are_refused_by_name(cached, open_data, parameter, arrays):
+    changed = {parameter: open_data.params[parameter] + 1e-3}
+    if not arrays:  # these do not make what is cached
+        open_data(cached, params=changed)
+        return
+    with pytest.raises(UserError, match="made of something else") as error:
+        open_data(cached, params=changed)
+    lines = str(error.value).splitlines()[1:-1]
+    assert [line.split(":")[0].strip() for line in lines] == arrays
+    assert all("weights of" in line for line in lines)
+
+
+def test_other_sizes_are_refused_by_name(cached, open_data):
+    with pytest.raises(UserError, match="sizes: max_words = 12 there, 8 here") as error:
+        open_data(cached, data__max_words=8)
+    assert "ast_states" not in str(error.value)
+    with pytest.raises(UserError, match="sizes: dtype = 'float32' there, 'bfloat16' here"):
+        open_data(cached, dtype="bfloat16")
+
+
+def test_other_data_are_refused_by_name(data, cached, open_data, tmp_path):
+    prepared = tmp_path / "prepared"
+    shutil.copytree(data, prepared)
+    (index,) = prepared.glob("**/index-train.json")
+    clips = json.loads(index.read_text())
+    clips[1]["transcript"] = "something else is said"
+    index.write_text(json.dumps(clips))
+    with pytest.raises(UserError) as error:
+        open_data(cached, data__dir=str(prepared))
+    assert "speech_states: data" in str(error.value)
+    assert "weights" not in str(error.value) and "frame_embeddings" not in str(error.value)
+    clips[1]["video_id"] = "another"
+    index.write_text(json.dumps(clips))
+    with pytest.raises(UserError, match="frame_embeddings: data"):
+        open_data(cached, data__dir=str(prepared))
+
+
+def test_data_prepared_anew_are_other_data(data, cached, open_data, monkeypatch):
+    from data_pipelines import input as pipeline
+
+    stored = pipeline.records_sample
+
+    def changed(split, count):
+        return [record[:-1] + b"!" for record in stored(split, count)]
+
+    monkeypatch.setattr(pipeline, "records_sample", changed)
+    with pytest.raises(UserError, match="ast_states: data"):
+        open_data(cached)
+
+
+def test_only_what_is_frozen_is_used(cached, open_data):
+    found = open_data(cached, optimizer__clip=1e-7)
+    (batch,) = found.training().batches(0, 1)
+    assert batch.ast_states is not None and batch.fbank is None
+    assert batch.frame_embeddings is None and batch.frames is not None
+    with pytest.raises(UserError, match="nothing to be used"):
+        open_data(cached, optimizer__clip=1e-7, optimizer__ast=1e-7)
+
+
+def test_what_trains_cannot_be_cached(data, tmp_path):
+    values = caching.config(data, optimizer__clip=1e-7)
+    with pytest.raises(UserError, match="frames would change while this config trains"):
+        command.run(values, str(tmp_path), parts=["frames"])
+    with pytest.raises(UserError, match="expected some of frames, captions"):
+        command.run(values, str(tmp_path), parts=["sounds"])
+    values = caching.config(data, optimizer__clip=1e-7, optimizer__ast=1e-7)
+    with pytest.raises(UserError, match="no encoder is frozen"):
+        command.run(values, str(tmp_path))
+
+
+def test_frozen_parts_are_those_of_the_branches_and_rates():
+    def parts(model="save", **rates):
+        from configs import demo
+
+        values = demo.get_config(model).to_dict()
+        values["optimizer"] |= {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0} | rates
+        model = configuration.model_config(values)
+        mesh = sharding.make_mesh({"data": -1})
+        _, state = train.abstract_state(model, optimizer.ALL_FROZEN, mesh)
+        return cache.frozen_parts(model, configuration.optimizer_config(values, 1), state.frozen)
+
+    assert parts() == ("frames", "captions", "ast", "speech", "teacher")
+    assert parts(clip=1e-7) == parts(clip_stem=1e-7) == ("ast", "teacher")
+    assert parts(ast=1e-7) == ("frames", "captions", "speech", "teacher")
+    assert parts("avigate") == ("frames", "captions", "ast", "teacher")
+    assert parts("clip4clip") == ("frames", "captions", "teacher")
+
+
+def test_a_killed_writer_goes_on_and_the_result_is_the_same(data, cached, tmp_path):
+    out = tmp_path / "cache"
+    killed = alone("tests.caching", str(data), str(out), "2")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
+    assert {entry["done"] for entry in meta.values()} == {0, 2}
+    killed = alone("tests.caching", str(data), str(out), "10")  # then in the captions
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
+    assert meta["ast_states"]["done"] == 5 and 0 < meta["caption_embeddings"]["done"] < 100
+    finished = alone("tests.caching", str(data), str(out), "-1")
+    assert finished.returncode == 0, finished.stderr
+    for split in ("train", "test"):
+        expected, found = arrays(cached / split), arrays(out / split)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_a_cache_that_is_not_complete_or_damaged_is_refused(cached, open_data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(cached, broken)
+    meta = broken / "train" / "meta.json"
+    content = json.loads(meta.read_text())
+    content["arrays"]["ast_states"]["done"] = 3
+    meta.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="ast_states is not complete, it has 3 of 5 rows"):
+        open_data(broken)
+    content["arrays"]["ast_states"]["done"] = 5
+    meta.write_text(json.dumps(content))
+    file = broken / "train" / "ast_states.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"ast_states\.npy: expected float32"):
+        open_data(broken)
+    meta.write_text("{")
+    with pytest.raises(UserError, match=r"meta\.json cannot be read"):
+        open_data(broken)
+    with pytest.raises(UserError, match="expected a cache of the split 'train'"):
+        open_data(tmp_path / "nowhere")
+
+
+def test_a_cache_of_something_else_is_not_overwritten(data, cached, tmp_path):
+    with pytest.raises(UserError, match="stored as float32 there, bfloat16 here"):
+        command.run(caching.config(data), str(cached), splits=["train"])
+    with pytest.raises(UserError, match=r"holds a cache of something else(.|\n)*weights of"):
+        command.run(caching.config(data, seed=1), str(cached), dtype="float32", splits=["train"])
+
+
+def test_a_full_disk_shows_before_the_work(data, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"of free space, found 0\.0 MB"):
+        command.run(caching.config(data), str(tmp_path / "cache"), splits=["train"])
+    assert not list((tmp_path / "cache").glob("**/*.npy"))
+
+
+def test_the_trained_layer_norm_still_trains(data, cached, tmp_path):
+    values = caching.config(data, cache__dir=str(cached), optimizer__ast_norm=1e-2)
+    assert main.run(values, tmp_path)
+    from save_jax.checkpoint import parameter_shapes, read_parameters
+
+    like = {"ast.norm.scale": parameter_shapes(tmp_path)["ast.norm.scale"]}
+    assert np.abs(read_parameters(tmp_path, like)["ast.norm.scale"] - 1).max() > 1e-4
+    assert jax.device_count() == 8  # what is above holds on several devices

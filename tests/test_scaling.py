@@ -1,0 +1,90 @@
+"""However a step is spread over devices, blocks and time, it is the same step."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from save_jax import sharding, train
+from save_jax.objectives import LossConfig
+from tests import synthetic
+from tests.training import FIVE
+
+STEPS = 3
+
+
+@functools.cache
+def result(
+    axes: tuple[tuple[str, int], ...], micro_batch: int = 0, remat: str = "none"
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Scalars of a few steps, and the parameters after them."""
+    step, state, mesh = compiled(axes, micro_batch, remat)
+    scalars = []
+    for seed in range(STEPS):
+        state, found = step(state, sharding.put_batch(synthetic.clips(seed, 16), mesh))
+        scalars.append({name: float(value) for name, value in found.items()})
+    return scalars, jax.tree.map(np.asarray, state.trained)
+
+
+def compiled(axes, micro_batch=0, remat="none"):
+    """The step as it runs, a fresh state for it, and their mesh."""
+    sizes = dict(axes)
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh = sharding.make_mesh(sizes, devices)
+    model = dataclasses.replace(synthetic.MODEL, remat=remat)
+    graphdef, state = train.create_state(model, FIVE, 0, mesh)
+    step = train.make_train_step(graphdef, FIVE, LossConfig(), mesh, micro_batch)
+    return train.jit_train_step(step, state), state, mesh
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"micro_batch": 2, "remat": "products"},
+        {"axes": (("data", 2), ("fsdp", 2)), "remat": "blocks", "micro_batch": 8},
+        {"axes": (("data", 1), ("fsdp", 8))},
+    ],
+    ids=str,
+)
+def test_the_step_is_the_same(monkeypatch, changed):
+    scalars, parameters = result((("data", 1),))
+    monkeypatch.setattr(sharding, "LEAST_SLICED", 1)
+    other_scalars, other_parameters = result(**{"axes": (("data", 1),)} | changed)
+    for one, other in zip(scalars, other_scalars, strict=True):
+        assert other == pytest.approx(one, abs=1e-5, rel=1e-6)
+    for name, value in parameters.items():
+        np.testing.assert_allclose(other_parameters[name], value, atol=1e-5, err_msg=name)
+
+
+def test_parameters_and_moments_are_sliced_and_stay_so(monkeypatch):
+    monkeypatch.setattr(sharding, "LEAST_SLICED", 100)
+    step, state, mesh = compiled((("data", 2), ("fsdp", 4)))
+    for _ in range(2):
+        name = "clip.text.blocks.layer.mlp.c_fc.kernel"
+        for array in (state.trained[name], *moments(state, name)):
+            assert array.sharding.spec == jax.P(None, None, "fsdp")
+            assert {s.data.size for s in array.addressable_shards} == {array.size // 4}
+        assert state.trained["clip.logit_scale"].sharding.is_fully_replicated
+        state, _ = step(state, sharding.put_batch(synthetic.clips(), mesh))
+
+
+def moments(state, name: str) -> list[jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    found = [leaf for path, leaf in leaves if jax.tree_util.keystr(path).endswith(f"['{name}']")]
+    assert len(found) == 2
+    return found
+
+
+def test_a_sliced_layer_is_put_together_where_it_is_used(monkeypatch):
+    """The compiled step gathers weights and scatters their gradients, layer by layer."""
+    monkeypatch.setattr(sharding, "LEAST_SLICED", 100)
+    step, state, mesh = compiled((("data", 1), ("fsdp", 8)))
+    batch = sharding.put_batch(synthetic.clips(), mesh)
+    text = step.lower(state, batch).compile().as_text()
+    assert re.search(r"= f32\[(1,)?16,64\]\S* all-gather", text)
+    whole = step.lower(state, batch).compile().memory_analysis()
+    sizes = sum(x.size * 4 for x in jax.tree.leaves(state))
+    assert whole.argument_size_in_bytes < sizes / 2 + 2**20
