@@ -55,6 +55,7 @@ TEST = [
     *SLURM,
     *PLOT,
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",  # one test process a core
     "ruff>=0.14,<1",
     "beartype>=0.20,<1",  # checks the shapes in signatures during tests
     "hypothesis>=6.100,<7",

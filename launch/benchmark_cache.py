@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from launch import points
-from save_jax import main, sharding, train
 from save_jax import config as configuration
+from save_jax import main, sharding, train
 from save_jax.cache import __main__ as command
 from save_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=0, help="clips; 0: the config's batch_size")
     parser.add_argument("--steps", type=int, default=2, help="a turn (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of cached states (%(default)s)")
+    parser.add_argument("--dtype", default="float16", help="of AST's states (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
     )

@@ -6,6 +6,7 @@ python -m save_jax.cache --config=configs/msrvtt.py --init_from=PATH --out=DIR [
 Then train with the same config and weights, and --config.cache.dir=DIR.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 from absl import flags, logging
+from etils import epath
 
 from save_jax import cache, main, optimizer, processes, sharding, train
 from save_jax import config as configuration
@@ -32,9 +34,9 @@ PARTS = flags.DEFINE_list(
 SPLITS = flags.DEFINE_list("splits", None, "By default the config's train_split and eval_split.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
-    "bfloat16",
-    ["bfloat16", "float32"],
-    "How states of AST and of speech are stored; embeddings are stored as they are computed.",
+    "float16",
+    ["float16", "bfloat16", "float32"],
+    "How AST's states, nearly all of a cache, are stored; the rest is stored as it is computed.",
 )
 
 
@@ -44,7 +46,7 @@ def run(
     *,
     parts: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "float16",
 ) -> None:
     """Writes a cache, or what is missing of it.
 
@@ -114,6 +116,15 @@ def _chosen(parts: Sequence[str] | None, frozen: Sequence[str]) -> Sequence[str]
     return parts or frozen
 
 
+def _alone(out: str) -> contextlib.AbstractContextManager:
+    """Keeps other commands from writing the same cache meanwhile."""
+    if jax.process_index():
+        return contextlib.nullcontext()
+    from data_pipelines import lock
+
+    return lock.hold(epath.Path(out), wait=False)
+
+
 def command(argv: list[str]) -> int:
     """Parses the command line and writes; returns the exit code, as that of `save_jax.main`."""
     logging.set_verbosity(logging.ERROR)
@@ -130,7 +141,7 @@ def command(argv: list[str]) -> int:
             main.DISTRIBUTED.value,
         )
         out = str(pathlib.Path(OUT.value).absolute())
-        with processes.lost_peers_end_this_one():
+        with processes.lost_peers_end_this_one(), _alone(out):
             run(config, out, parts=PARTS.value, splits=SPLITS.value, dtype=DTYPE.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -91,7 +91,7 @@ class _Files:
         if sum(sizes.values()) > free:
             raise UserError(
                 f"{self._directory}: expected {_bytes(sum(sizes.values()))} of free space, found "
-                f"{_bytes(free)}. Choose another --out, fewer --parts, or --dtype=bfloat16."
+                f"{_bytes(free)}. Choose another --out, or fewer --parts."
             )
         for name, entry in new.items():
             self._create(name, entry)
@@ -123,7 +123,17 @@ class _Files:
         return [name for name in names if self.done([name]) < self._entries[name]["shape"][0]]
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        """Writes rows of an array; until `save`, they do not count."""
+        """Writes rows of an array; until `save`, they do not count.
+
+        Raises:
+            UserError: there are values that are not finite, or too large for how they are stored.
+        """
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{self._directory}: the rows {rows.min()} to {rows.max()} of {name} have values "
+                f"that are not finite as {values.dtype}. If it is for their size, "
+                "--dtype=bfloat16 has room for them (in another --out)."
+            )
         if self._arrays:
             self._arrays[name][rows] = values.astype(self._arrays[name].dtype)
 
@@ -164,8 +174,9 @@ def write(
         batches: (first batch) -> all clips from there, in order, with the inputs of the parts.
         model, graphdef, params: the model.
         parts: of PARTS.
-        dtype: how states of AST and of speech are stored. What is one vector a frame or a caption
-            decides similarities directly, is small, and is stored as it is computed.
+        dtype: how AST's states are stored. They are nearly all of a cache; the rest decides
+            similarities more directly, and is stored as it is computed. Of the two that take half
+            the room, float16 rounds eight times as finely, and bfloat16 knows larger values.
         mesh: devices.
         batch_size: clips in a batch.
 
@@ -174,8 +185,8 @@ def write(
     """
     wanted = cache.plans(split, model, params, parts, mesh)
     dtypes = {name: "float32" for name in wanted} | {"frame_mask": "bool"}
-    dtypes |= {"frame_embeddings": model.dtype, "caption_embeddings": model.dtype}
-    dtypes |= {"ast_states": dtype, "speech_states": dtype}
+    dtypes |= {name: model.dtype for name in wanted if ARRAYS[name].tower}
+    dtypes |= {"ast_states": dtype}
     where = pathlib.Path(directory) / split.name
     files = _Files(where, wanted, dtypes)
     everywhere = sharding.replicated(mesh)  # so that the first process has all rows
