@@ -15,3 +15,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 from jaxtyping import install_import_hook
 
 install_import_hook("save_jax", "beartype.beartype")
+
+# With several test processes, the longest tests start first: nobody waits for the last of them.
+LONGEST = ("test_readme.py", "test_full_size.py", "test_processes.py", "test_cache.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)

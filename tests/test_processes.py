@@ -75,40 +75,40 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
 def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices):
-    codes, said = finish(start(tmp_path / "job", devices, ["five"] * count))
+    codes, said = finish(start(tmp_path, devices, ["five"] * count))
     assert codes == [0] * count, said
     expected_losses, expected = alone
-    np.testing.assert_allclose(losses(tmp_path / "job"), expected_losses, atol=1e-5)
-    for name, value in parameters(tmp_path / "job", FIVE).items():
+    np.testing.assert_allclose(losses(tmp_path), expected_losses, atol=1e-5)
+    for name, value in parameters(tmp_path, FIVE).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Parameters of two processes that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("uninterrupted") / "job"
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     codes, said = finish(start(workdir, 1, ["never"] * 2))
     assert codes == [0, 0], said
     return parameters(workdir, RATES)
 
 
 def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterrupted):
-    codes, said = finish(start(tmp_path / "job", 1, ["never", "step"]))
+    codes, said = finish(start(tmp_path, 1, ["never", "step"]))
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, os.EX_TEMPFAIL)
     assert "lost contact" in said[0] or "heartbeat" in said[0].lower(), said[0]
-    codes, said = finish(start(tmp_path / "job", 1, ["never"] * 2))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
     assert codes == [0, 0], said
-    for name, value in parameters(tmp_path / "job", RATES).items():
+    for name, value in parameters(tmp_path, RATES).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path, uninterrupted):
-    codes, said = finish(start(tmp_path / "job", 1, ["never", "term"]))
+    codes, said = finish(start(tmp_path, 1, ["never", "term"]))
     assert codes == [os.EX_TEMPFAIL] * 2, said
-    codes, said = finish(start(tmp_path / "job", 1, ["never"] * 2))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
     assert codes == [0, 0], said
-    for name, value in parameters(tmp_path / "job", RATES).items():
+    for name, value in parameters(tmp_path, RATES).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
 
 
