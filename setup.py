@@ -44,8 +44,11 @@ PREPARE = [
 ]
 WHISPER = ["faster-whisper>=1.2,<2"]  # speech recognition
 BEAM = ["apache-beam>=2.70,<3"]  # preparation on many machines
-COMPILE = ["libtpu>=0.0.40; platform_system == 'Linux'"]  # the TPU's compiler; needs no TPU
-SLURM = ["submitit>=1.5,<2"]  # array jobs
+COMPILE = [  # the TPU's compiler; needs no TPU
+    "libtpu>=0.0.42,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+]
+SLURM = ["submitit>=1.5.4,<1.6"]  # array jobs
+REMOTE = ["gcsfs>=2025", "s3fs>=2025"]  # gs:// and s3://
 PLOT = ["matplotlib>=3.9,<4"]  # launch.report --plot
 TEST = [
     *PREPARE,
@@ -87,6 +90,7 @@ setup(
         "weights": WEIGHTS,
         "whisper": WHISPER,
         "beam": BEAM,
+        "remote": REMOTE,
         "compile": COMPILE,
         "slurm": SLURM,
         "plot": PLOT,

@@ -32,12 +32,27 @@ def assert_identical(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_losses_agree_on_one_and_eight_devices(tmp_path):
-    run(tmp_path / "1", rates=FIVE)
-    run(tmp_path / "8", rates=FIVE, devices=8)
+def test_five_steps_agree_on_one_and_eight_devices(tmp_path):
+    state_of_one = run(tmp_path / "1", rates=FIVE)
+    state_of_eight = run(tmp_path / "8", rates=FIVE, devices=8)
     one, eight = losses(tmp_path / "1"), losses(tmp_path / "8")
     assert len(one) == 5 and one[0] != one[4]
     np.testing.assert_allclose(one, eight, atol=1e-5)
+    assert_close(state_of_one.trained, state_of_eight.trained)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+    straight = run(tmp_path / "straight", rates=FIVE)
+    with pytest.raises(KeyError):
+        run(tmp_path / "moved", rates=FIVE, stop_after=4, devices=8)
+    moved = run(tmp_path / "moved", rates=FIVE)
+    assert [x["step"] for x in lines(tmp_path / "moved") if "loss" in x] == [1, 2, 3, 4, 5]
+    assert_close(straight.trained, moved.trained)
+
+
+def assert_close(a, b):
+    for name, value in a.items():
+        np.testing.assert_allclose(np.asarray(b[name]), value, atol=1e-5, err_msg=name)
 
 
 def test_step_does_not_depend_on_batch_order():
