@@ -10,8 +10,8 @@ What faster-whisper is asked for, and why:
   not say three words twice.
 * No window is prompted with the text of the one before: a mistake would go on into the rest of a
   long video, and most clips are a single window.
-* float16 on a GPU, 8-bit integers on a CPU: twice as fast there as float32 with about the same
-  errors, and the same words whatever the number of threads.
+* float16 on a GPU, 8-bit integers on a CPU, where 60 short clips took a third less time than in
+  float32 on a busy machine, with the same words whatever the number of threads.
 """
 
 import collections
