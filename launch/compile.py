@@ -19,8 +19,10 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
 import re
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -264,7 +266,7 @@ def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float)
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     needed = arguments + output + temporaries + code
-    program = hlo.Program(compiled.as_text())
+    program = hlo.Program(_text(lowered, compiled))
     collectives = program.collectives(devices)
     hbm_bytes = program.hbm_bytes()
     sent = math.fsum(each.bytes for each in collectives.values())
@@ -286,11 +288,26 @@ def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float)
     )
 
 
+def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+    """A compiled program's text."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # libtpu 0.0.52 cannot read back some of its programs for v6e. What it writes while it
+        # compiles says the same.
+        with tempfile.TemporaryDirectory(prefix="save_jax-compile-") as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            lowered.compile(compiler_options=options)
+            (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return path.read_text()
+
+
 def _out_of_memory(message: str) -> float:
     """Bytes that the compiler would have needed; 0 if that is not what the message is about."""
-    used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)\b", message)
     if used:
-        return float(used[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB}[used[2]]
+        number, unit = used.groups()
+        return float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[unit]
     return math.inf if "RESOURCE_EXHAUSTED" in message else 0.0
 
 
@@ -441,9 +458,9 @@ def main(argv: list[str] | None = None) -> int:
         if "here" not in names and not any(name.startswith("gpu") for name in names):
             jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there
         targets = [find_target(name) for name in names]
-        config = points.resolve(options.config, overrides)
         if options.batch is not None:
-            config["batch_size"] = options.batch
+            overrides.append(f"--config.batch_size={options.batch}")
+        config = points.resolve(options.config, overrides)
         return _run(config, targets, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

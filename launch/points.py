@@ -91,30 +91,9 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     values = flags.FlagValues()
     argv = ["", f"--config={config}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
+    with configuration.mistakes_named():
         values(argv)
         resolved = values.config.to_dict()
-    except UserError:
-        raise
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
-        cause: BaseException = error  # config_flags wraps what went wrong first
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, (UserError, OSError)):
-            raise UserError(str(cause)) from error
-        if isinstance(cause, (AttributeError, KeyError)):
-            raise UserError(
-                f"unknown config key {cause}; the keys are in configs/base.py and in {config}"
-            ) from error
-        raise UserError(str(error) if "Traceback" not in str(error) else str(cause)) from error
     configuration.check_run(resolved)
     configuration.model_config(resolved)
     configuration.loss_config(resolved)

@@ -1,11 +1,13 @@
 """From a config file's values to the typed configs of the parts, with errors a user can act on."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import flags
 
 from save_jax.errors import UserError
 from save_jax.models import ast, clip, layers
@@ -14,6 +16,35 @@ from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
+
+
+@contextlib.contextmanager
+def mistakes_named() -> Iterator[None]:
+    """Within it, a config file and its overrides are read; what is wrong becomes a UserError."""
+    try:
+        yield
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        OSError,
+        UserError,
+    ) as error:
+        raise UserError(_first_cause(error)) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first, in a line: config_flags wraps it, traceback and all."""
+    if "Traceback" not in str(error) and not isinstance(error, (AttributeError, KeyError)):
+        return str(error)
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    if isinstance(error, KeyError):
+        return f"unknown config key {error}; the keys are in configs/base.py and in the config file"
+    return f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
 
 
 def _sizes(key: str, value: str | Mapping[str, int], variants: Mapping[str, Any], cls: type) -> Any:

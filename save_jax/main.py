@@ -474,20 +474,9 @@ def parse_config(argv: list[str]) -> dict[str, Any]:
     if not chosen and "--config" not in rest and "-config" not in rest:
         chosen = [f"--config={DEMO}"]
     argv = [argv[0], *chosen, *rest]
-    try:
+    with configuration.mistakes_named():
         rest = flags.FLAGS(argv)
         config = CONFIG.value.to_dict()
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        OSError,
-        UserError,
-    ) as error:
-        raise UserError(_first_cause(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments: {' '.join(rest[1:])}")
     return config
@@ -503,17 +492,6 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], files.Path]:
     if not WORKDIR.value:
         raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
     return config, files.path(WORKDIR.value)
-
-
-def _first_cause(error: BaseException) -> str:
-    """What went wrong first, in a line: config_flags wraps it, traceback and all."""
-    if "Traceback" not in str(error) and not isinstance(error, (AttributeError, KeyError)):
-        return str(error)
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    if isinstance(error, KeyError):
-        return f"unknown config key {error}; the keys are in configs/base.py and in the config file"
-    return f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import platform
 import sys
 
@@ -185,6 +186,40 @@ def test_what_does_not_fit_is_told_with_what_it_would_need():
     assert measured.compiler_flops == pytest.approx(2**31, rel=0.01)
 
 
+@needs_libtpu
+def test_a_program_that_libtpu_cannot_read_back(monkeypatch):
+    target = compile_.find_target("v5e:1x1")
+    one = jax.sharding.SingleDeviceSharding(target.devices[0])
+    x = jax.ShapeDtypeStruct((2**10, 2**10), jnp.float32, sharding=one)
+    traced = jax.jit(lambda x: jnp.sin(x @ x).sum()).trace(x)
+    read_back = compile_.measure(traced, target, "float32", 2.0**31)
+
+    def fail(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    dumped = compile_.measure(traced, target, "float32", 2.0**31)
+    assert read_back.hbm_bytes > 2**20
+    assert dumped._replace(seconds=0) == read_back._replace(seconds=0)
+
+
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 17.5G of 15.7G hbm.", 17.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (1.25T) exceeds available HBM (15.75G).",
+            1280,
+        ),
+        ("RESOURCE_EXHAUSTED: out of something", math.inf),
+        ("INTERNAL: a mistake of the compiler", 0),
+    ],
+)
+def test_how_much_the_compiler_would_have_needed_is_read_from_its_message(message, gib):
+    assert compile_._out_of_memory(message) == gib * roofline.GIB
+
+
 def measured(fits: bool) -> compile_.Measured:
     limits = roofline.roofline(roofline.CHIPS["v4"], "float32", 275e10, 12e9, 3e9)
     return compile_.Measured(
@@ -224,6 +259,7 @@ def test_exit_codes_and_the_table_of_several(config_file, monkeypatch, capsys):
         (["--topology=gpu:8"], "JAX sees no gpu here"),
         (["--topology=cpu:8", "--batch=12", "--config.micro_batch=4"], "multiple of 8, say 16"),
         (["--topology=cpu:8", "--config.micro_batch=3"], "config.micro_batch = 3"),
+        (["--topology=cpu:8", "--batch=16", "--config.micro_batch=32"], "batch_size = 16, or 0"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "config.mesh"),
         (["--topology=cpu:8", "--config.nokey=3"], "nokey"),
         (["--topology=cpu:8", "--config.cache.dir=cache"], "config.cache.dir"),
