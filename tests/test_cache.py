@@ -1,9 +1,11 @@
 """A cache of frozen encoders: the same losses, and no other run's features."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -42,32 +44,53 @@ def data(tmp_path_factory):
     return out
 
 
-def alone(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs a module in a process of its own, on one device."""
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    return subprocess.run(
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """Runs a module in a process of its own."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        check=False,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags},
     )
+
+
+def alone(*arguments: str) -> tuple[int, str]:
+    """Runs a module to its end on one device; its exit code, and what it said."""
+    process = start(*arguments)
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+def together(*arguments: str) -> list[tuple[int, str]]:
+    """The same with two processes over loopback, of two devices each."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    job = [
+        start(*arguments, coordinator, "--num_processes=2", f"--process_id={number}", devices=2)
+        for number in range(2)
+    ]
+    said = [process.communicate()[0] for process in job]
+    return [(process.returncode, text) for process, text in zip(job, said, strict=True)]
+
+
+def overrides(data, **changes) -> list[str]:
+    """The experiment, with changes, for a command line."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    changes = caching.CHANGES | {"data.dir": data} | changes
+    return ["--config=configs/demo.py", *(f"--config.{k}={v}" for k, v in changes.items())]
 
 
 @pytest.fixture(scope="module")
 def cached(data, tmp_path_factory):
     """A float32 cache of the experiment, made on one device by the command line."""
     out = tmp_path_factory.mktemp("cache") / "float32"
-    changes = caching.CHANGES | {"data.dir": data, "eval_batch_size": 2}
-    done = alone(
-        "save_jax.cache",
-        "--config=configs/demo.py",
-        *(f"--config.{key}={value}" for key, value in changes.items()),
-        "--dtype=float32",
-        f"--out={out}",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "are free there" in done.stdout and "complete" in done.stdout
+    arguments = overrides(data, eval_batch_size=2)
+    code, said = alone("save_jax.cache", *arguments, "--dtype=float32", f"--out={out}")
+    assert code == 0, said
+    assert "are free there" in said and "complete" in said
     return out
 
 
@@ -161,6 +184,42 @@ def test_states_kept_in_half_the_room_change_little(
     # heard by a random AST, hardly do, and the rounding shows; the demo's total is within 1e-4.
     found, expected = (losses(w, "soft_albef") for w in (tmp_path / "run", computed))
     np.testing.assert_allclose(found, expected, rtol=0, atol=soft_albef)
+
+
+def test_bfloat16_computation(data, tmp_path):
+    """Its states fit float16 exactly, so the run from a cache sees the same numbers."""
+    config = caching.config(data, dtype="bfloat16")
+    assert main.run(config, tmp_path / "computed")
+    command.run(config, str(tmp_path / "cache"), splits=["train"])
+    assert np.load(tmp_path / "cache" / "train" / "frame_embeddings.npy").dtype == "uint16"
+    with_cache = caching.config(data, dtype="bfloat16", cache__dir=str(tmp_path / "cache"))
+    assert main.run(with_cache, tmp_path / "run")
+    found, expected = losses(tmp_path / "run"), losses(tmp_path / "computed")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_evaluation_of_a_run_by_itself(data, cached, computed, tmp_path):
+    config = caching.config(data, mode="evaluate", init_from=str(computed), cache__dir=str(cached))
+    assert main.run(config, tmp_path)
+    one, other = (np.load(w / "evaluation" / "5" / "similarity.npy") for w in (computed, tmp_path))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_two_processes_with_sliced_parameters_write_the_same_and_train_from_it(
+    data, cached, computed, tmp_path
+):
+    out, workdir = tmp_path / "cache", tmp_path / "run"
+    job = together("save_jax.cache", *overrides(data), "--dtype=float32", f"--out={out}")
+    assert [code for code, _ in job] == [0, 0], job
+    arguments = overrides(data, mesh__fsdp=2, micro_batch=4, cache__dir=out)
+    job = together("save_jax.main", *arguments, f"--workdir={workdir}")
+    assert [code for code, _ in job] == [0, 0], job
+    for split in ("train", "test"):
+        one, other = arrays(cached / split), arrays(tmp_path / "cache" / split)
+        assert set(one) == set(other)
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(computed), rtol=0, atol=1e-5)
 
 
 def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):
@@ -284,16 +343,16 @@ def test_frozen_parts_are_those_of_the_branches_and_rates():
 
 def test_a_killed_writer_goes_on_and_the_result_is_the_same(data, cached, tmp_path):
     out = tmp_path / "cache"
-    killed = alone("tests.caching", str(data), str(out), "2")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, said = alone("tests.caching", str(data), str(out), "2")
+    assert code == -signal.SIGKILL, said
     meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
     assert {entry["done"] for entry in meta.values()} == {0, 2}
-    killed = alone("tests.caching", str(data), str(out), "10")  # then in the captions
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, said = alone("tests.caching", str(data), str(out), "10")  # then in the captions
+    assert code == -signal.SIGKILL, said
     meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
     assert meta["ast_states"]["done"] == 5 and 0 < meta["caption_embeddings"]["done"] < 100
-    finished = alone("tests.caching", str(data), str(out), "-1")
-    assert finished.returncode == 0, finished.stderr
+    code, said = alone("tests.caching", str(data), str(out), "-1")
+    assert code == 0, said
     for split in ("train", "test"):
         expected, found = arrays(cached / split), arrays(out / split)
         assert expected.keys() == found.keys()
