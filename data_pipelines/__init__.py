@@ -10,3 +10,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # etils.epath reads this once: gs:// and s3:// are opened by fsspec even where there is TensorFlow,
 # which cannot read s3:// and must not be imported by the processes that read media.
 os.environ.setdefault("EPATH_USE_TF", "0")
+
+# Else transformers, of which only the tokenizer and the Mel filters are used, asks for PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,5 +1,6 @@
 """Files of a run, on a disk or in a bucket (gs://, s3://, az://: whatever etils.epath opens)."""
 
+import logging
 import os
 import pathlib
 
@@ -8,14 +9,38 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 
 from etils import epath
 
+from save_jax.errors import UserError
+
 Path = pathlib.Path | epath.Path
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
 
 def path(where: str | os.PathLike) -> Path:
-    """A path that can be read, written and listed, absolute where it is on a disk."""
-    if is_remote(where):
-        return epath.Path(where)
-    return pathlib.Path(where).absolute()
+    """A path that can be read, written and listed, absolute where it is on a disk.
+
+    Raises:
+        UserError: the store cannot be reached from here.
+    """
+    if not is_remote(where):
+        return pathlib.Path(where).absolute()
+    try:
+        found = epath.Path(where)
+        found.exists()
+    except KeyError as error:
+        raise UserError(f"{where}: expected a path on a disk, gs:// or s3://") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{where}: expected a path that can be opened, found that its kind of store needs a "
+            f"package that is not installed ({error}). Install gcsfs for gs://, s3fs for s3://: "
+            "pip install 'save_jax[remote]'"
+        ) from error
+    except Exception as error:  # each kind of store has its own for no network, no rights, no name
+        raise UserError(
+            f"{where} cannot be reached ({type(error).__name__}: {error}). Are its name, the "
+            "network and the credentials of this machine right?"
+        ) from error
+    return found
 
 
 def is_remote(where: str | os.PathLike) -> bool:
