@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch import roofline
 from save_jax import sharding, train
 from save_jax.objectives import LossConfig
 from tests import synthetic
@@ -88,3 +89,30 @@ def test_a_sliced_layer_is_put_together_where_it_is_used(monkeypatch):
     whole = step.lower(state, batch).compile().memory_analysis()
     sizes = sum(x.size * 4 for x in jax.tree.leaves(state))
     assert whole.argument_size_in_bytes < sizes / 2 + 2**20
+
+
+@pytest.mark.parametrize(
+    ("rates", "encoder", "passes"),
+    [
+        (FIVE, "ast", 1),
+        (dataclasses.replace(FIVE, ast=1e-3), "ast", 4),
+        (dataclasses.replace(FIVE, clip=0.0, clip_stem=0.0), "clip", 1),
+        (FIVE, "clip", 4),
+    ],
+)
+def test_gradient_caching_computes_what_is_frozen_once(rates, encoder, passes):
+    """A backward pass of one more layer counts twice: what trains takes 3 passes, and then 4."""
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+
+    def flops(layers: int, micro_batch: int) -> float:
+        sizes = {"layers": layers} if encoder == "ast" else {"vision_layers": layers}
+        part = dataclasses.replace(getattr(synthetic.MODEL, encoder), **sizes)
+        model = dataclasses.replace(synthetic.MODEL, **{encoder: part})
+        graphdef, state = train.abstract_state(model, rates, mesh)
+        step = train.make_train_step(graphdef, rates, LossConfig(), mesh, micro_batch)
+        batch = sharding.abstract_batch(synthetic.clips(0, 16), mesh)
+        return roofline.count_flops(jax.jit(step).trace(state, batch).jaxpr)
+
+    whole, cached = (flops(3, size) - flops(2, size) for size in (0, 4))
+    forward = whole / (passes if passes == 1 else passes - 1)
+    assert cached == pytest.approx(passes * forward)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,13 +114,13 @@ def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) 
     moving = {
         kept.part
         for kept in ARRAYS.values()
-        if any(rates.rate(group_of(name)) for name in _names(kept.tower, params))
+        if any(rates.rate(group_of(name)) for name in names(kept.tower, params))
     }
     return tuple(part for part in PARTS if part not in absent | moving)
 
 
-def _names(tower: str, params: Parameters) -> list[str]:
-    """The parameters that make what is cached of a tower."""
+def names(tower: str, params: Collection[str]) -> list[str]:
+    """The parameters that make what is kept of a tower."""
     if not tower:
         return []
     return sorted(k for k in params if k.startswith(tower) and not k.startswith(_TRAINS))
@@ -129,7 +129,7 @@ def _names(tower: str, params: Parameters) -> list[str]:
 def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> str:
     """A digest of names, shapes and values, wherever on the mesh they lie."""
     digest = hashlib.sha256()
-    for name in _names(tower, params):
+    for name in names(tower, params):
         value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value))

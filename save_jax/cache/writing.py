@@ -199,12 +199,7 @@ def write(
             net: SAVE = parameters.merge(graphdef, params)
             given = {name: getattr(batch, name) for name in names if not ARRAYS[name].tower}
             with sharding.on_mesh(mesh):
-                if "frame_embeddings" in names:
-                    given["frame_embeddings"] = net.encode_frames(batch.frames, batch.frame_mask)
-                if "ast_states" in names:
-                    given["ast_states"] = net.encode_audio(batch.fbank)
-                if "speech_states" in names:
-                    given["speech_states"] = net.encode_speech(batch.transcript_ids)
+                given |= net.features(batch, names)
             given |= {name: given[name].astype(dtypes[name]) for name in given}
             return given | {"index": batch.index}
 

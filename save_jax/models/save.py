@@ -1,6 +1,7 @@
 """SAVE: what is seen, heard and said in; embeddings of captions and videos out (spec 1-5)."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,14 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # What starts as a copy of CLIP's text tower (spec section 7), in every block of these stacks.
 STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
 FROM_TEXT_BLOCKS = ("attn", "ln_1", "mlp", "ln_2")
+
+# Fields of a batch that hold what encoders make of it, and what they make it of.
+FEATURES = {
+    "frame_embeddings": "frames",
+    "caption_embeddings": "caption_ids",
+    "ast_states": "fbank",
+    "speech_states": "transcript_ids",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +184,16 @@ class SAVE(nnx.Module):
         if text is None:
             text = self.encode_text(batch.caption_ids)
         return text, self.encode_video(batch)
+
+    def features(self, batch: Batch, names: Collection[str]) -> dict[str, Array]:
+        """What encoders make of a batch, by the names of the batch's fields that can hold it."""
+        make = {
+            "frame_embeddings": lambda: self.encode_frames(batch.frames, batch.frame_mask),
+            "caption_embeddings": lambda: self.encode_text(batch.caption_ids),
+            "ast_states": lambda: self.encode_audio(batch.fbank),
+            "speech_states": lambda: self.encode_speech(batch.transcript_ids),
+        }
+        return {name: make[name]() for name in names if name in make}
 
     def _given(self, features: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
         """What a batch brings of an encoder's results, in the compute dtype."""
