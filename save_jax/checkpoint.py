@@ -200,7 +200,7 @@ def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Par
         like: arrays (or abstract ones with shardings) of the expected names and shapes.
 
     Raises:
-        UserError: no checkpoint there, or one of another architecture.
+        UserError: no checkpoint there, one of another architecture, or a damaged one.
     """
     checkpoint = find(path)
     check_shapes(_metadata(checkpoint)["parameters"], like, str(checkpoint))
@@ -210,15 +210,7 @@ def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Par
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in like.items()
         },
     }
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(
-            checkpoint / "default",
-            args=ocp.args.PyTreeRestore(
-                wanted,
-                partial_restore=True,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            ),
-        )
+    tree = _restore(checkpoint, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
     logging.info("read %s", checkpoint)
     return int(tree["step"]), tree["parameters"]
 
@@ -245,21 +237,26 @@ def read_parameters(path: str | os.PathLike, like: Parameters) -> dict[str, np.n
     """
     checkpoint = find(path)
     wanted = {"parameters": dict(like)}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    return _restore(checkpoint, wanted, restore_args)["parameters"]
+
+
+def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: Any) -> Any:
+    """The wanted arrays of a checkpoint, each restored as its argument says.
+
+    Raises:
+        UserError: its arrays are damaged.
+    """
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(
+            return checkpointer.restore(
                 checkpoint / "default",
                 args=ocp.args.PyTreeRestore(
-                    wanted,
-                    partial_restore=True,
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-                    ),
+                    wanted, partial_restore=True, restore_args=restore_args
                 ),
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} cannot be read, it is damaged: {error}") from error
-    return tree["parameters"]
 
 
 def write_parameters(
