@@ -115,7 +115,11 @@ def copy_file(source: str, path: str) -> None:
 def remove_others(directory: str, names: Iterable[str]) -> None:
     """Removes the files of a directory that have none of these names: what was left unfinished."""
     keep = set(names)
-    for path in epath.Path(directory).iterdir():
+    try:
+        found = list(epath.Path(directory).iterdir())
+    except FileNotFoundError:  # a store has no folders, and so none that are empty
+        return
+    for path in found:
         if path.name not in keep and path.is_file():
             path.unlink(missing_ok=True)
 

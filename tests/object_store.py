@@ -7,11 +7,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class ObjectStore(MemoryFileSystem):
-    """Lives in this process alone."""
+    """Lives in this process alone; as in a real one, there are no folders, only names."""
 
     protocol = ("gs", "gcs", "s3")
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
+
+    def mkdir(self, path: str, create_parents: bool = True, **options) -> None:
+        """Leaves nothing behind."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Leaves nothing behind."""
 
 
 def register() -> fsspec.AbstractFileSystem:

@@ -1,5 +1,7 @@
 """Sources and prepared data in an object store: the same records as here."""
 
+import os
+
 import pytest
 from etils import epath
 
@@ -10,6 +12,8 @@ from tests import object_store, preparing
 from tests.data_pipelines.conftest import SMALL
 
 WHERE = "msrvtt/9k/1.0.0"
+# Only one process of this machine prepares a directory, and other tests may run beside these.
+OUT = f"gs://bucket-{os.getpid()}/out"
 
 
 @pytest.fixture
@@ -34,13 +38,11 @@ def test_a_remote_root(store, tmp_path, local):
 
 
 def test_a_remote_root_and_out(store, local, capsys):
-    directory = preparing.run("gs://bucket/root", "gs://bucket/out")
-    assert str(directory) == f"gs://bucket/out/{WHERE}"
+    directory = preparing.run("gs://bucket/root", OUT)
+    assert str(directory) == f"{OUT}/{WHERE}"
     assert contents(directory) == local
-    assert {path.split("/9k/")[1].split("/")[0] for path in store.find("gs://bucket/out")} == {
-        "1.0.0"
-    }
-    preparing.run("gs://bucket/root", "gs://bucket/out")
+    assert {path.split("/9k/")[1].split("/")[0] for path in store.find(OUT)} == {"1.0.0"}
+    preparing.run("gs://bucket/root", OUT)
     assert "Already prepared" in capsys.readouterr().out
 
 
@@ -49,8 +51,8 @@ def test_an_interrupted_one_goes_on(store, local, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(build, "_describe", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            preparing.run("gs://bucket/root", "gs://bucket/out")
-    assert not store.exists(f"gs://bucket/out/{WHERE}/metadata.json")
+            preparing.run("gs://bucket/root", OUT)
+    assert not store.exists(f"{OUT}/{WHERE}/metadata.json")
     written = []
     write = shards.write
     monkeypatch.setattr(
@@ -60,7 +62,7 @@ def test_an_interrupted_one_goes_on(store, local, monkeypatch):
     )  # fmt: skip
     with store.open("gs://bucket/root/VideoData/video5.mp4", "ab") as file:
         file.write(b"\0" * 8)  # as good as before, but not the same
-    directory = preparing.run("gs://bucket/root", "gs://bucket/out")
+    directory = preparing.run("gs://bucket/root", OUT)
     assert written == [1] and contents(directory) == local
 
 
@@ -69,13 +71,13 @@ def test_what_stops_before_metadata_json_is_not_complete(store, monkeypatch):
     monkeypatch.setattr(
         "data_pipelines.storage.copy_file", lambda _, path: copied.append(epath.Path(path).name)
     )
-    preparing.run("gs://bucket/root", "gs://bucket/out")
+    preparing.run("gs://bucket/root", OUT)
     assert copied[-1] == "metadata.json" and len(copied) == len(set(copied)) == 6
 
 
 def test_it_can_be_verified(store, capsys):
-    preparing.run("gs://bucket/root", "gs://bucket/out")
-    command = ["msrvtt", "--root=gs://bucket/root", "--out=gs://bucket/out", "--verify"]
+    preparing.run("gs://bucket/root", OUT)
+    command = ["msrvtt", "--root=gs://bucket/root", f"--out={OUT}", "--verify"]
     assert main(command) == 0
     assert "Nothing stops training" in capsys.readouterr().out
 
