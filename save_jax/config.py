@@ -136,13 +136,18 @@ def _attention(kernel: str, dtype: str, platform: str) -> str:
 
 
 def check_run(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a mode that does not exist, or a count out of its range."""
+    """Raises UserError for a mode that does not exist, a count out of its range, a remote cache."""
     if config["mode"] not in ("train", "evaluate"):
         raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
     least = {"epochs": 1, "steps": 0, "eval_every": 1, "checkpoint_every": 0, "log_every": 1}
     for key, minimum in least.items():
         if config[key] < minimum:
             raise UserError(f"config.{key} = {config[key]}: expected at least {minimum}")
+    if "://" in config["cache"]["dir"]:
+        raise UserError(
+            f"config.cache.dir = {config['cache']['dir']!r}: expected a directory on a disk, "
+            "because a cache is mapped into memory; copy it to one that all processes see"
+        )
     micro, batch = config["micro_batch"], config["batch_size"]
     if micro and (micro < 0 or batch % micro):
         raise UserError(

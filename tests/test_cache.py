@@ -323,6 +323,11 @@ def test_what_trains_cannot_be_cached(data, tmp_path):
         command.run(values, str(tmp_path))
 
 
+def test_a_cache_in_a_bucket_is_refused(data):
+    code, said = alone("save_jax.cache", *overrides(data), "--out=gs://bucket/cache")
+    assert code == 2 and "gs://bucket/cache: expected a directory on a disk" in said
+
+
 def test_frozen_parts_are_those_of_the_branches_and_rates():
     def parts(model="save", **rates):
         from configs import demo

@@ -17,7 +17,7 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from save_jax import cache, main, optimizer, processes, sharding, train
+from save_jax import cache, files, main, optimizer, processes, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
 from save_jax.errors import UserError
@@ -132,6 +132,11 @@ def command(argv: list[str]) -> int:
         config = main.parse_config(argv)
         if not OUT.value:
             raise UserError("--out=DIR is required: where the cache goes")
+        if files.is_remote(OUT.value):
+            raise UserError(
+                f"--out={OUT.value}: expected a directory on a disk, because a cache is mapped "
+                "into memory"
+            )
         if INIT_FROM.value is not None:
             config["init_from"] = INIT_FROM.value
         processes.join(
