@@ -51,9 +51,9 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # compute dtype: "float32" or "bfloat16"; parameters stay float32
 
     config.batch_size = 128  # global: over all devices of all hosts
-    config.micro_batch = (
-        0  # clips encoded at once, over all devices; 0: the whole batch. Same result
-    )
+    # Clips encoded at once, over all devices; 0: the whole batch. The same result for less memory,
+    # but for what is kept of frozen encoders: 3.7 MB a clip in float32, 1.9 MB in bfloat16.
+    config.micro_batch = 0
     config.eval_batch_size = 64
     config.epochs = 5
     config.steps = 0  # 0: from epochs

@@ -304,11 +304,17 @@ def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
 
 def _out_of_memory(message: str) -> float:
     """Bytes that the compiler would have needed; 0 if that is not what the message is about."""
-    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)\b", message)
+    if "RESOURCE_EXHAUSTED" not in message:
+        return 0.0
+    used = re.search(
+        r"(?:Used |HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)"
+        r"(?: of [\d.]+[KMGT]? hbm|\) exceeds available HBM)",
+        message,
+    )
     if used:
         number, unit = used.groups()
         return float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[unit]
-    return math.inf if "RESOURCE_EXHAUSTED" in message else 0.0
+    return math.inf  # of another memory, or in words that are new
 
 
 def report(

@@ -2,8 +2,9 @@
 
 `map_blocks` runs one block after the other and keeps only results; in the backward pass it computes
 each block again. With an encoder as the function this is gradient caching (Gao et al. 2021,
-arXiv 2101.06983): a batch of any size costs the memory of one block, and the gradient is that of
-the whole batch. With a similarity as the function, no matrix over all pairs is ever held.
+arXiv 2101.06983): a batch of any size costs the memory of one block and of all results, and the
+gradient is that of the whole batch. With a similarity as the function, no matrix over all pairs is
+ever held.
 """
 
 from collections.abc import Callable

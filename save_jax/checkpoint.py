@@ -105,14 +105,17 @@ class Checkpoints:
         """Reads a checkpoint into the shapes and shardings of `like`.
 
         Raises:
-            UserError: it holds another architecture.
+            UserError: it holds another architecture, or cannot be read.
         """
         where = self._directory / str(step)
         check_shapes(_metadata(where)["parameters"], {**like.trained, **like.frozen}, str(where))
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _to_tree(like)
         )
-        tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        try:
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(where, error) from error
         return _from_tree(tree, like)
 
     def wait(self) -> None:
@@ -245,7 +248,7 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
     """The wanted arrays of a checkpoint, each restored as its argument says.
 
     Raises:
-        UserError: its arrays are damaged.
+        UserError: its arrays cannot be read.
     """
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -256,7 +259,14 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
                 ),
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} cannot be read, it is damaged: {error}") from error
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: files.Path, error: Exception) -> UserError:
+    return UserError(
+        f"{checkpoint} cannot be read ({error}). If its files are there and this user may read "
+        "them, it is damaged: remove it, to go on from the one before."
+    )
 
 
 def write_parameters(

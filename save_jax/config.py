@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from save_jax import files
 from save_jax.errors import UserError
 from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
@@ -40,9 +41,12 @@ def _first_cause(error: BaseException) -> str:
     """What went wrong first, in a line: config_flags wraps it, traceback and all."""
     if "Traceback" not in str(error) and not isinstance(error, (AttributeError, KeyError)):
         return str(error)
+    # ConfigDict says of its own keys that they are no attributes; other KeyErrors are the file's.
+    of_config = False
     while error.__cause__ or error.__context__:
+        of_config |= isinstance(error, AttributeError)
         error = error.__cause__ or error.__context__
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and of_config:
         return f"unknown config key {error}; the keys are in configs/base.py and in the config file"
     return f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
 
@@ -143,7 +147,7 @@ def check_run(config: Mapping[str, Any]) -> None:
     for key, minimum in least.items():
         if config[key] < minimum:
             raise UserError(f"config.{key} = {config[key]}: expected at least {minimum}")
-    if "://" in config["cache"]["dir"]:
+    if files.is_remote(config["cache"]["dir"]):
         raise UserError(
             f"config.cache.dir = {config['cache']['dir']!r}: expected a directory on a disk, "
             "because a cache is mapped into memory; copy it to one that all processes see"

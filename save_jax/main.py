@@ -62,6 +62,8 @@ DISTRIBUTED = flags.DEFINE_bool(
 FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
 FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
 
+RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
+
 SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 
 
@@ -349,6 +351,8 @@ def run(config: dict[str, Any], workdir: files.Path) -> bool:
         loaded = load_weights(config["init_from"], model, state)
         trained, frozen = optimizer.partition(loaded, rates)
         state = state._replace(trained=trained, frozen=frozen)
+    else:
+        say(RANDOM.format(seed=config["seed"]))
     data.use_cache({**state.trained, **state.frozen}, rates, mesh)
     if jax.process_index() == 0 and not recorded.exists():
         files.write(recorded, json.dumps(config, indent=2) + "\n")

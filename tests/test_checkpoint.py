@@ -1,6 +1,7 @@
 """Checkpoints: found, refused when foreign or incomplete, read back as they were."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -79,3 +80,22 @@ def test_another_architecture_is_refused_by_name(workdir, change, message):
         with pytest.raises(UserError, match="another architecture") as refusal:
             read()
         assert refusal.match(message)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda where, state: checkpoint.load_parameters(where, everything(state)),
+        lambda where, state: checkpoint.read_parameters(where, everything(state)),
+        lambda where, state: checkpoint.Checkpoints(where).restore(7, state),
+    ],
+    ids=["load", "read", "restore"],
+)
+def test_damaged_arrays_are_named(workdir, tmp_path, read):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    arrays = [p for p in (tmp_path / "checkpoints" / "7" / "default").rglob("d/*") if p.is_file()]
+    assert arrays
+    for path in arrays:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/7 (cannot be read|is not a complete)"):
+        read(tmp_path, program(RATES, 1)[1])

@@ -34,6 +34,7 @@ def test_a_disk_is_written_and_read(tmp_path, monkeypatch):
     ("error", "message"),
     [
         (OSError("no route to host"), "gs://bucket/run cannot be reached .*no route to host"),
+        (ValueError("Bucket is requester pays"), "cannot be reached .*requester pays"),
         (ImportError("no gcsfs"), "gs://bucket/run.*no gcsfs.*save_jax.remote"),
     ],
 )

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,39 +24,26 @@ import numpy as np
 
 from save_jax import sharding
 from save_jax.errors import UserError
-from save_jax.models.save import SAVEConfig
+from save_jax.models.save import FEATURES, SAVEConfig, makers
 from save_jax.optimizer import OptimizerConfig, group_of
 from save_jax.parameters import Parameters
 
 FORMAT = 1  # raised when files of the same names come to mean something else
 _READERS = 8  # threads
 _LARGE = 2**16  # bytes of a row that is worth a thread
-_TRAINS = "ast.norm."  # comes after what is cached of AST, so that it may train
 
-
-class Kept(NamedTuple):
-    """An array of a batch that a cache can hold.
-
-    Attributes:
-        part: what a user calls it, together with what comes with it.
-        tower: the start of the names of the parameters that make it; "" = none do.
-    """
-
-    part: str
-    tower: str
-
-
+# The arrays of a batch that a cache can hold, and what a user calls each, with what comes with it.
 ARRAYS = {
-    "frame_embeddings": Kept("frames", "clip.visual."),
-    "frame_mask": Kept("frames", ""),
-    "caption_embeddings": Kept("captions", "clip.text."),
-    "ast_states": Kept("ast", "ast."),
-    "speech_states": Kept("speech", "clip.text."),
-    "teacher_video": Kept("teacher", ""),
-    "teacher_audio": Kept("teacher", ""),
+    "frame_embeddings": "frames",
+    "frame_mask": "frames",
+    "caption_embeddings": "captions",
+    "ast_states": "ast",
+    "speech_states": "speech",
+    "teacher_video": "teacher",
+    "teacher_audio": "teacher",
 }
 ONLY_TRAINING = ("captions", "teacher")  # evaluation embeds each caption once, as it is
-PARTS = tuple(dict.fromkeys(kept.part for kept in ARRAYS.values()))
+PARTS = tuple(dict.fromkeys(ARRAYS.values()))
 
 
 class Split(NamedTuple):
@@ -109,27 +96,19 @@ def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) 
         rates: learning rate of each group of parameters.
         params: all parameters, or abstract ones.
     """
-    branches = {"ast": model.sound_weight, "speech": model.speech_weight}
-    absent = {part for part, weight in branches.items() if not weight}
-    moving = {
-        kept.part
-        for kept in ARRAYS.values()
-        if any(rates.rate(group_of(name)) for name in names(kept.tower, params))
+    excluded = {
+        ARRAYS[name]
+        for name, feature in FEATURES.items()
+        if not model.has(name)
+        or any(rates.rate(group_of(maker)) for maker in makers(feature.tower, params))
     }
-    return tuple(part for part in PARTS if part not in absent | moving)
-
-
-def names(tower: str, params: Collection[str]) -> list[str]:
-    """The parameters that make what is kept of a tower."""
-    if not tower:
-        return []
-    return sorted(k for k in params if k.startswith(tower) and not k.startswith(_TRAINS))
+    return tuple(part for part in PARTS if part not in excluded)
 
 
 def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> str:
     """A digest of names, shapes and values, wherever on the mesh they lie."""
     digest = hashlib.sha256()
-    for name in names(tower, params):
+    for name in makers(tower, params):
         value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value))
@@ -158,16 +137,16 @@ def plans(
         "teacher_video": (vectors, {}, None),
         "teacher_audio": (vectors, {}, None),
     }
-    digest_of = functools.cache(lambda tower: weights_digest(tower, params, mesh) if tower else "")
+    digest_of = functools.cache(lambda tower: weights_digest(tower, params, mesh))
     return {
         name: Plan(
             shape,
-            digest_of(ARRAYS[name].tower),
+            digest_of(FEATURES[name].tower) if name in FEATURES else "",
             split.digest if ids is None else digest(split.digest, ids.tobytes()),
             sizes,
         )
         for name, (shape, sizes, ids) in described.items()
-        if ARRAYS[name].part in parts and (ARRAYS[name].part != "teacher" or split.teacher_size)
+        if ARRAYS[name] in parts and (ARRAYS[name] != "teacher" or split.teacher_size)
     }
 
 
@@ -182,12 +161,10 @@ def digest(*facts: str | bytes) -> str:
 
 def differences(name: str, found: Mapping[str, Any], plan: Plan) -> list[str]:
     """In words: how what an array was made of differs from what it should be made of."""
-    tower = ARRAYS[name].tower
     lines = []
     if found["weights"] != plan.weights:
-        lines.append(
-            f"weights of {tower}*: {found['weights'][:12]} there, {plan.weights[:12]} here"
-        )
+        there, here = found["weights"][:12], plan.weights[:12]
+        lines.append(f"weights of {FEATURES[name].tower}*: {there} there, {here} here")
     if found["data"] != plan.data:
         lines.append(
             f"data (clips, how they were prepared, or texts): {found['data'][:12]} there, "
@@ -274,7 +251,7 @@ class Cache:
             name: map_file(directory, name, entry, "r") for name, entry in entries.items()
         }
         self._threads = concurrent.futures.ThreadPoolExecutor(_READERS, "cache")
-        self.parts = frozenset(ARRAYS[name].part for name in entries)
+        self.parts = frozenset(ARRAYS[name] for name in entries)
 
     def read(self, rows: np.ndarray, pairs: np.ndarray | None) -> dict[str, np.ndarray]:
         """Fields of a batch.
@@ -285,9 +262,9 @@ class Cache:
         """
         training = pairs is not None
         return {
-            name: self._copy(array, pairs if ARRAYS[name].part == "captions" else rows)
+            name: self._copy(array, pairs if ARRAYS[name] == "captions" else rows)
             for name, array in self._arrays.items()
-            if training or ARRAYS[name].part not in ONLY_TRAINING
+            if training or ARRAYS[name] not in ONLY_TRAINING
         }
 
     def _copy(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -326,10 +303,10 @@ def open_split(
     """
     where = pathlib.Path(directory) / split.name
     found = (read_meta(where) or {"arrays": {}})["arrays"]
-    there = {ARRAYS[name].part for name in found}
+    there = {ARRAYS[name] for name in found}
     expected = plans(split, model, params, [part for part in parts if part in there], mesh)
     usable = {name: found[name] for name in expected if name in found}
-    if not any(ARRAYS[name].tower for name in usable):
+    if not any(name in FEATURES for name in usable):
         raise UserError(
             f"{where} holds {', '.join(sorted(there)) or 'nothing'}; of this config's parts, the "
             f"frozen ones are {', '.join(parts)}: there is nothing to be used "

@@ -78,7 +78,7 @@ def run(
         params = main.load_weights(config["init_from"], model, state)
     else:
         params = state.frozen
-        say(f"init_from is empty: the weights are the random ones of seed {config['seed']}")
+        say(main.RANDOM.format(seed=config["seed"]))
     for name, (split, batches) in opened.items():
         trains = name == config["data"]["train_split"]
         writing.write(
@@ -135,7 +135,7 @@ def command(argv: list[str]) -> int:
         if files.is_remote(OUT.value):
             raise UserError(
                 f"--out={OUT.value}: expected a directory on a disk, because a cache is mapped "
-                "into memory"
+                "into memory; choose one that all processes see"
             )
         if INIT_FROM.value is not None:
             config["init_from"] = INIT_FROM.value

@@ -19,7 +19,7 @@ from save_jax import cache, parameters, sharding
 from save_jax.batch import Batch
 from save_jax.cache import ARRAYS, Plan, Split
 from save_jax.errors import UserError
-from save_jax.models.save import SAVE, SAVEConfig
+from save_jax.models.save import FEATURES, SAVE, SAVEConfig
 from save_jax.parameters import Parameters
 from save_jax.progress import Progress, say
 
@@ -119,7 +119,7 @@ class _Files:
 
     def unfinished(self, part: Callable[[str], bool]) -> list[str]:
         """The arrays of some parts that lack rows; the same on every process."""
-        names = [name for name in self._wanted if part(ARRAYS[name].part)]
+        names = [name for name in self._wanted if part(ARRAYS[name])]
         return [name for name in names if self.done([name]) < self._entries[name]["shape"][0]]
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
@@ -185,7 +185,7 @@ def write(
     """
     wanted = cache.plans(split, model, params, parts, mesh)
     dtypes = {name: "float32" for name in wanted} | {"frame_mask": "bool"}
-    dtypes |= {name: model.dtype for name in wanted if ARRAYS[name].tower}
+    dtypes |= {name: model.dtype for name in wanted if name in FEATURES}
     dtypes |= {"ast_states": dtype}
     where = pathlib.Path(directory) / split.name
     files = _Files(where, wanted, dtypes)
@@ -197,9 +197,9 @@ def write(
 
         def encode(params: Parameters, batch: Batch) -> dict[str, jax.Array]:
             net: SAVE = parameters.merge(graphdef, params)
-            given = {name: getattr(batch, name) for name in names if not ARRAYS[name].tower}
+            given = {name: getattr(batch, name) for name in names if name not in FEATURES}
             with sharding.on_mesh(mesh):
-                given |= net.features(batch, names)
+                given |= net.features(batch, [name for name in names if name in FEATURES])
             given |= {name: given[name].astype(dtypes[name]) for name in given}
             return given | {"index": batch.index}
 

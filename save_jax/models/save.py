@@ -22,13 +22,34 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
 FROM_TEXT_BLOCKS = ("attn", "ln_1", "mlp", "ln_2")
 
-# Fields of a batch that hold what encoders make of it, and what they make it of.
+
+class Feature(NamedTuple):
+    """What an encoder makes of a batch, and what a batch may bring already.
+
+    Attributes:
+        source: the batch's field that the encoder reads.
+        tower: the start of the names of its parameters.
+        branch: the weight in SAVEConfig without which there is no such encoder; "" = there is.
+    """
+
+    source: str
+    tower: str
+    branch: str = ""
+
+
+# By the field of a batch that holds it. AST's last LayerNorm comes after, so that it may train.
 FEATURES = {
-    "frame_embeddings": "frames",
-    "caption_embeddings": "caption_ids",
-    "ast_states": "fbank",
-    "speech_states": "transcript_ids",
+    "frame_embeddings": Feature("frames", "clip.visual."),
+    "caption_embeddings": Feature("caption_ids", "clip.text."),
+    "ast_states": Feature("fbank", "ast.", "sound_weight"),
+    "speech_states": Feature("transcript_ids", "clip.text.", "speech_weight"),
 }
+_AFTER = "ast.norm."
+
+
+def makers(tower: str, parameters: Collection[str]) -> list[str]:
+    """The names of those of some parameters that make a tower's features; sorted."""
+    return sorted(k for k in parameters if k.startswith(tower) and not k.startswith(_AFTER))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +87,11 @@ class SAVEConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
+
+    def has(self, feature: str) -> bool:
+        """Whether the model has the encoder of a feature (one of FEATURES)."""
+        branch = FEATURES[feature].branch
+        return not branch or bool(getattr(self, branch))
 
     @property
     def fusion_heads(self) -> int:
@@ -186,14 +212,22 @@ class SAVE(nnx.Module):
         return text, self.encode_video(batch)
 
     def features(self, batch: Batch, names: Collection[str]) -> dict[str, Array]:
-        """What encoders make of a batch, by the names of the batch's fields that can hold it."""
+        """Runs encoders on a batch.
+
+        Args:
+            batch: with what these encoders read.
+            names: which of FEATURES to make.
+
+        Returns:
+            The features by name, in the compute dtype.
+        """
         make = {
             "frame_embeddings": lambda: self.encode_frames(batch.frames, batch.frame_mask),
             "caption_embeddings": lambda: self.encode_text(batch.caption_ids),
             "ast_states": lambda: self.encode_audio(batch.fbank),
             "speech_states": lambda: self.encode_speech(batch.transcript_ids),
         }
-        return {name: make[name]() for name in names if name in make}
+        return {name: make[name]() for name in names}
 
     def _given(self, features: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
         """What a batch brings of an encoder's results, in the compute dtype."""

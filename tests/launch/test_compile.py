@@ -212,7 +212,8 @@ def test_a_program_that_libtpu_cannot_read_back(monkeypatch):
             "temporaries (1.25T) exceeds available HBM (15.75G).",
             1280,
         ),
-        ("RESOURCE_EXHAUSTED: out of something", math.inf),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in vmem. Used 32.4M of 16.0M vmem.", math.inf),
+        ("INTERNAL: Used 3.0G of 15.7G hbm, and failed", 0),
         ("INTERNAL: a mistake of the compiler", 0),
     ],
 )
