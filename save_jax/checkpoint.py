@@ -264,8 +264,8 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
 
 def _unreadable(checkpoint: files.Path, error: Exception) -> UserError:
     return UserError(
-        f"{checkpoint} cannot be read ({error}). If its files are there and this user may read "
-        "them, it is damaged: remove it, to go on from the one before."
+        f"{checkpoint} cannot be read, it is damaged or out of this user's reach: {error}. Remove "
+        "a damaged one, to go on from the one before."
     )
 
 
