@@ -97,16 +97,10 @@ class Evaluator:
     def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
         """float32 [captions, D], unit vectors."""
         embeddings = []
-        per_process = self._batch_size // jax.process_count()
-        first = per_process * jax.process_index()
         for start in range(0, len(caption_ids), self._batch_size):
             ids = caption_ids[start : start + self._batch_size]
-            padded = np.zeros((self._batch_size, ids.shape[1]), np.int32)
-            padded[: len(ids)] = ids
-            mine = jax.make_array_from_process_local_data(
-                sharding.batch_sharding(self._mesh), padded[first : first + per_process]
-            )
-            embeddings.append(np.asarray(self.encode_text(params, mine))[: len(ids)])
+            batch = sharding.put_rows(ids, self._batch_size, self._mesh)
+            embeddings.append(np.asarray(self.encode_text(params, batch))[: len(ids)])
         return np.concatenate(embeddings)
 
     def similarity(

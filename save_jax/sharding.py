@@ -168,6 +168,29 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
+def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
+    """Puts a host array that every process holds whole on the mesh, split by rows.
+
+    Row i of the global array is row i of `rows` whichever process owns the device it lies on. That
+    is not so of `make_array_from_process_local_data`: JAX orders the devices of a TPU slice by
+    topology, so that process p's rows are in general not the p-th part of the global array
+    (`put_batch` may use it, because a batch's rows travel with their `index`).
+
+    Args:
+        rows: [n, ...], the same on every process.
+        count: rows of the global array, at least n; those beyond n are zero.
+        mesh: devices.
+
+    Returns:
+        [count, ...], sharded as `batch_sharding` says.
+    """
+    padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return jax.make_array_from_callback(
+        padded.shape, batch_sharding(mesh), lambda index: padded[index]
+    )
+
+
 def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:
     """What `put_batch` gives for a global batch of these shapes; nothing is put anywhere."""
     sharding = batch_sharding(mesh)

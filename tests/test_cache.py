@@ -228,6 +228,31 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(computed), rtol=0, atol=1e-5)
 
 
+def test_interleaved_devices_write_the_same(data, cached, tmp_path):
+    """On a pod, the rows of a global array are not in the order of the processes."""
+    arguments = [*overrides(data), "--dtype=float32", f"--out={tmp_path}"]
+    job = together("tests.interleaved", "save_jax.cache", *arguments)
+    assert [code for code, _ in job] == [0, 0], job
+    for split in ("train", "test"):
+        one, other = arrays(cached / split), arrays(tmp_path / split)
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_interleaved_devices_evaluate_the_same(data, tmp_path):
+    workdir = tmp_path / "run"
+    job = together("tests.interleaved", "save_jax.main", *overrides(data), f"--workdir={workdir}")
+    assert [code for code, _ in job] == [0, 0], job
+    # The same checkpoint, evaluated by one process.
+    again = caching.config(data, mode="evaluate", init_from=str(workdir))
+    assert main.run(again, tmp_path / "again")
+    found, expected = (
+        np.load(where / "evaluation" / "5" / "similarity.npy")
+        for where in (workdir, tmp_path / "again")
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):
     found = open_data(cached)
     read = found._pipeline.array_record_data_source.ArrayRecordDataSource

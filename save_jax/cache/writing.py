@@ -225,16 +225,10 @@ def write(
             out_shardings=everywhere,
         )
         done, total = files.done(names), len(split.caption_ids)
-        rows_split = sharding.batch_sharding(mesh)
-        per_process = batch_size // jax.process_count()
-        share = slice(per_process * jax.process_index(), per_process * (jax.process_index() + 1))
         progress = Progress(f"caching {split.name}: captions", total - done)
         while done < total:
             ids = split.caption_ids[done : done + batch_size]
-            padded = np.zeros((batch_size, ids.shape[1]), np.int32)
-            padded[: len(ids)] = ids
-            mine = jax.make_array_from_process_local_data(rows_split, padded[share])
-            values = np.asarray(encode_text(params, mine))
+            values = np.asarray(encode_text(params, sharding.put_rows(ids, batch_size, mesh)))
             files.put(names[0], np.arange(done, done + len(ids)), values[: len(ids)])
             done += len(ids)
             files.save(names, done)
