@@ -73,6 +73,18 @@ def check(path: pathlib.Path, *, trust: bool) -> None:
         )
 
 
+# What reading a tensor may raise if its description or its bytes are wrong.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    LookupError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    OSError,
+    EOFError,
+)
+
+
 class _Module:
     """Stands for any class of the archive: nothing but the attributes that it was saved with."""
 
@@ -118,14 +130,18 @@ class _Reader(pickle.Unpickler):
             data = np.frombuffer(
                 self._archive.read(f"{self._root}/data/{storage.key}"), storage.dtype
             )
+            if min(offset, *shape, *strides, 0) < 0:  # PyTorch itself makes none of these
+                raise ValueError(f"negative offset {offset}, size {shape} or stride {strides}")
             last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-            if math.prod(shape) and not 0 <= offset <= last < len(data):
+            if math.prod(shape) and last >= len(data):
                 raise ValueError(f"storage {storage.key} is too small for its tensor")
-            return np.lib.stride_tricks.as_strided(
-                data[offset:],
+            # Unlike as_strided, NumPy's constructor checks the bounds itself once more.
+            return np.ndarray(
                 shape,
+                storage.dtype,
+                data,
+                offset * storage.dtype.itemsize,
                 [step * storage.dtype.itemsize for step in strides],
-                writeable=False,
             )
 
         return Tensor(tuple(shape), storage.dtype, read)
@@ -162,5 +178,13 @@ def read(path: pathlib.Path) -> Tensors:
 def _careful(path: pathlib.Path, name: str, tensor: Tensor) -> np.ndarray:
     try:
         return tensor.read()
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        OSError,
+        EOFError,
+    ) as error:
         raise UserError(f"{path} is damaged: {name} cannot be read ({error})") from error

@@ -1,7 +1,13 @@
 """Miniatures of the files that people have, in the very form of the real ones."""
 
+import collections
 import dataclasses
+import io
 import pathlib
+import pickle
+import sys
+import types
+import zipfile
 
 import numpy as np
 import torch
@@ -65,6 +71,55 @@ def openai_archive(path: pathlib.Path) -> dict[str, torch.Tensor]:
             value.data = value.data.half()
     torch.jit.trace(model, torch.zeros(2)).save(path)
     return dict(model.named_parameters())
+
+
+class _Storage:
+    """Stands for the archive's only storage while a description is written."""
+
+
+class _Strided:
+    """A tensor as an archive describes it, right or wrong."""
+
+    def __init__(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
+        self.description = offset, shape, strides
+
+    def __reduce__(self):
+        offset, shape, strides = self.description
+        rebuild = torch._utils._rebuild_tensor_v2
+        return rebuild, (_Storage(), offset, shape, strides, False, collections.OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, thing):
+        return ("storage", torch.FloatStorage, "0", "cpu", 0) if type(thing) is _Storage else None
+
+
+def crafted_archive(
+    path: pathlib.Path,
+    state: dict[str, torch.Tensor],
+    crafted: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]],
+    monkeypatch,
+) -> None:
+    """Writes a TorchScript archive of a state, some of its tensors with offset, shape and strides
+    that PyTorch would not write."""
+    module = types.ModuleType("__torch__")
+    module.Model = type("Model", (), {"__module__": "__torch__", "__qualname__": "Model"})
+    monkeypatch.setitem(sys.modules, "__torch__", module)
+    root, floats = module.Model(), []
+    for name, value in state.items():
+        array = value.detach().float().contiguous()
+        setattr(root, name, _Strided(sum(map(len, floats)), tuple(array.shape), array.stride()))
+        floats.append(array.numpy().ravel())
+    for name, description in crafted.items():
+        setattr(root, name, _Strided(*description))
+    text = io.BytesIO()
+    _Pickler(text, protocol=2).dump(root)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", text.getvalue())
+        archive.writestr("model/constants.pkl", b"")
+        archive.writestr("model/code/__torch__.py", b"")
+        archive.writestr("model/version", b"3")
+        archive.writestr("model/data/0", np.concatenate([*floats, np.zeros(0, "f4")]).tobytes())
 
 
 def ast_state() -> dict[str, torch.Tensor]:

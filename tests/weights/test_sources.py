@@ -21,7 +21,16 @@ from save_jax import checkpoint, weights
 from save_jax import parameters as params
 from save_jax.errors import UserError
 from save_jax.models.save import SAVE, copy_clip_into_fusion
-from save_jax.weights import ast, clip, loading, safetensors_file, save, sources, tables
+from save_jax.weights import (
+    ast,
+    clip,
+    loading,
+    safetensors_file,
+    save,
+    sources,
+    tables,
+    torchscript,
+)
 from tests import reference, small
 from tests.models.test_ast import original_names
 from tests.models.test_clip import openai_names
@@ -429,6 +438,41 @@ def test_an_archives_code_does_not_run(tmp_path):
         for name in old.namelist():
             new.writestr(name, b"raise SystemExit" if "/code/" in name else old.read(name))
     assert_equal(load(str(tmp_path / "b"), trust_archive=True).parameters, expected)
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [(3000, -3000), (-1, 1), (10**20, 1), (10**8, 1), (1, 2**61)],
+    ids=str,
+)
+def test_an_archives_strides_stay_within_its_storage(strides, tmp_path, monkeypatch):
+    state = files.openai_archive(tmp_path / "whole")
+    shape = tuple(state["text_projection"].shape)
+    files.crafted_archive(tmp_path / "same", state, {}, monkeypatch)
+    expected = load(str(tmp_path / "whole"), trust_archive=True).parameters
+    assert_equal(load(str(tmp_path / "same"), trust_archive=True).parameters, expected)
+    crafted = {"text_projection": (0, shape, strides)}
+    files.crafted_archive(tmp_path / "crafted", state, crafted, monkeypatch)
+    with pytest.raises(UserError, match="is damaged: text_projection cannot be read"):
+        load(str(tmp_path / "crafted"), trust_archive=True)
+
+
+def test_crafted_strides_do_not_crash_the_command(tmp_path, monkeypatch):
+    state = files.openai_archive(tmp_path / "whole")
+    crafted = {"text_projection": (0, tuple(state["text_projection"].shape), (10**8, -(10**8)))}
+    files.crafted_archive(tmp_path / "crafted", state, crafted, monkeypatch)
+    command = ["-m", "save_jax.weights", "import", tmp_path / "crafted", f"--out={tmp_path / 'o'}"]
+    done = subprocess.run(
+        [sys.executable, *command, "--trust_archive"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "is damaged: text_projection cannot be read" in done.stderr
+
+
+def test_an_archives_size_is_not_negative(tmp_path, monkeypatch):
+    files.crafted_archive(tmp_path / "a", {}, {"x": (0, (-1, -1), (1, 1))}, monkeypatch)
+    with pytest.raises(UserError, match="x cannot be read"):
+        np.asarray(torchscript.read(tmp_path / "a")["x"])
 
 
 @pytest.mark.parametrize(
