@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import json
 import os
+import resource
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -29,6 +31,14 @@ from save_jax.errors import UserError
 # used before, that is decided already.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
+
+# A split has up to 512 files of records, and training reads one while evaluation reads another: the
+# usual limit of 1,024 open files is too low for that, and a process may raise it to the hard one.
+_ENOUGH_FILES = 65_536
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+_most = _ENOUGH_FILES if _hard == resource.RLIM_INFINITY else min(_hard, _ENOUGH_FILES)
+if _soft != resource.RLIM_INFINITY and _soft < _most:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _hard))
 
 # Fields of a recipe that data_pipelines.prepare has no flag for.
 _NO_FLAGS = ("mel_bins", "teacher_size", "version")
@@ -137,9 +147,9 @@ def records_sample(split: Split, count: int) -> list[bytes]:
     """Reads up to `count` records as they are stored, evenly spread over the split."""
     if not split.num_clips:
         return []
-    records = array_record_data_source.ArrayRecordDataSource(split.record_paths)
     rows = np.unique(np.linspace(0, split.num_clips - 1, count, dtype=int))
-    return [records[int(row)] for row in rows]
+    with array_record_data_source.ArrayRecordDataSource(split.record_paths) as records:
+        return [records[int(row)] for row in rows]
 
 
 def caption_table(split: Split) -> CaptionTable:
@@ -361,9 +371,15 @@ def _read(
         yield from ({} for _ in steps)
         return
     records = array_record_data_source.ArrayRecordDataSource(split.record_paths)
+    # TensorFlow keeps `read`, and so `records`, alive for as long as the process lives: unless this
+    # pass closes its files, they stay open, and a long run ends in "Too many open files".
+    lock, over = threading.Lock(), False
 
     def read(step: np.int64) -> np.ndarray:
-        return np.array([records[row] for row in rows_of(int(step))], object)
+        with lock:
+            if over:  # the pass was left while it was being read ahead
+                raise RuntimeError("this pass over the records is over")
+            return np.array([records[row] for row in rows_of(int(step))], object)
 
     def read_step(step: tf.Tensor) -> tf.Tensor:
         serialized = tf.numpy_function(read, [step], tf.string, stateful=False)
@@ -389,7 +405,12 @@ def _read(
         .prefetch(2)
         .with_options(options)
     )
-    yield from dataset.as_numpy_iterator()
+    try:
+        yield from dataset.as_numpy_iterator()
+    finally:
+        with lock:
+            over = True
+            records.__exit__(None, None, None)
 
 
 def _parse(

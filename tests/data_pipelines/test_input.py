@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -283,3 +286,34 @@ def test_lost_files(prepared, tmp_path):
     with pytest.raises(UserError, match=r"index-train\.json.*malformed"):
         pipeline.open_split(str(tmp_path / "copy"), "msrvtt", "9k", "train", {})
     assert json.loads(text)
+
+
+def open_records(split) -> int:
+    """How many of a split's files this process has open."""
+    links = []
+    for descriptor in pathlib.Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(descriptor))
+    return sum(links.count(path) for path in split.record_paths)
+
+
+def test_every_pass_closes_its_files(train, tokenizer):
+    before = open_records(train)
+    for _ in range(3):
+        batches(train, tokenizer, stop=2, fields=EVERYTHING)
+        list(pipeline.clip_batches(train, batch_size=2, max_words=12, tokenizer=tokenizer,
+                                   **EVERYTHING))  # fmt: skip
+        pipeline.records_sample(train, 2)
+    assert open_records(train) == before
+
+
+def test_a_pass_that_is_left_closes_its_files_too(train, tokenizer):
+    before = open_records(train)
+    for _ in range(3):
+        passing = pipeline.train_batches(
+            train, batch_size=16, seed=3, start_step=0, total_steps=1000, max_words=12,
+            tokenizer=tokenizer, **EVERYTHING,
+        )  # fmt: skip
+        next(passing)
+        passing.close()
+    assert open_records(train) == before
