@@ -1,8 +1,19 @@
 """Files of a run, on a disk or in a bucket (gs://, s3://), which etils.epath opens."""
 
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
 import logging
 import os
 import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
 
 # Else epath would open buckets through TensorFlow, where that happens to be installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
@@ -12,6 +23,11 @@ from etils import epath
 from save_jax.errors import UserError
 
 Path = pathlib.Path | epath.Path
+
+LOCK = ".lock"  # in a directory that one process at a time may write to
+# An object store has no locks. Whoever holds a directory there rewrites LOCK every _RENEWED
+# seconds; one that stays the same for _LEASE seconds was left by a process that has died.
+_RENEWED, _LEASE, _SETTLED = 10.0, 45.0, 2.0
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
@@ -58,3 +74,138 @@ def write(where: Path, text: str | bytes) -> None:
     temporary = where.with_name(f".{where.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, where)
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keeps every other process from holding a directory meanwhile, and makes it if need be.
+
+    On a disk, the lock is the operating system's, on the file `.lock` in the directory: it ends
+    with the process that holds it, however that ends. In a bucket it is a lease that is renewed;
+    one that its holder left behind is taken over after 45 seconds. If nothing was written to a new
+    directory, it is removed again.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+    """
+    holder = (
+        f"process {os.getpid()} on {socket.gethostname()}, since "
+        f"{datetime.datetime.now().isoformat(' ', 'seconds')}"
+    )
+    with (_lease if is_remote(directory) else _lock)(directory, holder):
+        yield
+
+
+def _held(directory: Path, holder: str) -> UserError:
+    return UserError(
+        f"{directory} is in use by {holder or 'another process'} ({directory / LOCK}). Wait until "
+        "it has ended, or stop it, and run the same command again; or use another directory."
+    )
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path, holder: str) -> Iterator[None]:
+    path = directory / LOCK
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, closed below
+        except FileNotFoundError:  # who held it before has just removed the empty directory
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise _held(directory, file.read()) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                file.close()
+                raise
+            print(
+                f"warning: {directory}: this file system has no locks; nothing keeps a second run "
+                "from writing there",
+                file=sys.stderr,
+            )
+        # Who held it before may have removed the file in between: then this lock is on nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(holder)
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
+
+
+@contextlib.contextmanager
+def _lease(directory: epath.Path, holder: str) -> Iterator[None]:
+    path, mine = directory / LOCK, uuid.uuid4().hex
+
+    def read() -> dict[str, str | int]:
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            return {"holder": "a process that left no name"}
+
+    def renew(beat: int) -> None:
+        write(path, json.dumps({"id": mine, "holder": holder, "beat": beat}))
+
+    found = read()
+    if found:
+        print(
+            f"{directory} was left in use by {found.get('holder')}: waiting up to {_LEASE:.0f} s "
+            "for a sign of life",
+            flush=True,
+        )
+        end = time.monotonic() + _LEASE
+        while found and time.monotonic() < end:
+            time.sleep(min(_RENEWED, _LEASE) / 4)
+            now = read()
+            if now and now != found:
+                raise _held(directory, str(now.get("holder")))
+            found = now
+    renew(0)
+    time.sleep(_SETTLED)  # of two that begin at once, the last to write has it
+    if (now := read()).get("id") != mine:
+        raise _held(directory, str(now.get("holder")))
+    ended = threading.Event()
+
+    def keep() -> None:
+        for beat in range(1, sys.maxsize):
+            if ended.wait(_RENEWED):
+                return
+            try:
+                other = read()
+                if other and other.get("id") != mine:
+                    break
+                renew(beat)
+            except Exception as error:  # the network comes back, or the run's own writes fail too
+                print(f"warning: {path} cannot be renewed: {error}", file=sys.stderr)
+        # Anything that this process still wrote could destroy the other's work.
+        print(
+            f"error: {directory} was taken over by {other.get('holder')}, because this process "
+            "could not renew its lease there. Stopped.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    keeper = threading.Thread(target=keep, name="lease", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
+        with contextlib.suppress(Exception):  # then it is taken over after a while
+            if read().get("id") == mine:
+                path.unlink()

@@ -324,6 +324,19 @@ def run(config: dict[str, Any], workdir: files.Path) -> bool:
     for key in ("batch_size", "eval_batch_size", "micro_batch"):
         if key != "micro_batch" or config[key]:
             sharding.check_batch_size(key, config[key], mesh)
+    if config["mode"] == "evaluate" and not config["init_from"]:
+        checkpoint.find(workdir)  # which must be there before it is held
+    with processes.hold(workdir):
+        return _train_or_evaluate(config, workdir, model, loss, mesh)
+
+
+def _train_or_evaluate(
+    config: dict[str, Any],
+    workdir: files.Path,
+    model: SAVEConfig,
+    loss: LossConfig,
+    mesh: jax.sharding.Mesh,
+) -> bool:
     recorded = workdir / "config.json"
     if config["mode"] == "train" and recorded.exists():
         check_same_config(config, recorded)

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+from save_jax import files
 from save_jax.errors import UserError
 
 # Seconds without a sign of life after which a process counts as dead, and all the others stop.
@@ -74,6 +77,29 @@ def join(
             "command once a process, with the same --coordinator and --num_processes and a "
             "--process_id of its own, or without them under SLURM, Open MPI, Cloud TPU, Kubernetes."
         ) from error
+
+
+@contextlib.contextmanager
+def hold(workdir: files.Path) -> Iterator[None]:
+    """Holds a workdir for this run (`files.hold`); all processes of the run call it together.
+
+    Raises:
+        UserError: another run holds it; on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(files.hold(workdir))
+            except UserError as error:
+                refusal = error
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
+            np.bool_(refusal is not None)
+        ):
+            refusal = refusal or UserError(f"{workdir} is in use; process 0 says by whom")
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 @contextlib.contextmanager

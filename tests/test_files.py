@@ -1,6 +1,10 @@
 """Files of a run, on a disk and in a bucket."""
 
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -50,3 +54,103 @@ def test_a_store_that_cannot_be_reached(store, monkeypatch, error, message):
 def test_a_kind_of_store_that_does_not_exist():
     with pytest.raises(UserError, match="xyz://bucket/run: expected a path on a disk, gs:// or"):
         files.path("xyz://bucket/run")
+
+
+HOLD = "import sys; from save_jax import files\nwith files.hold(files.path(sys.argv[1])): input()"
+
+
+def test_a_directory_is_held_by_one_process(tmp_path):
+    with files.hold(tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on"),
+            files.hold(tmp_path / "run"),
+        ):
+            pass
+        (tmp_path / "run" / "config.json").touch()
+    with files.hold(tmp_path / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_nothing_is_left_of_a_directory_that_was_not_written_to(tmp_path):
+    with files.hold(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE)
+    while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), files.hold(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with files.hold(tmp_path):
+        pass
+
+
+@pytest.fixture
+def quick_lease(monkeypatch):
+    monkeypatch.setattr(files, "_RENEWED", 0.1)
+    monkeypatch.setattr(files, "_LEASE", 1.0)
+    monkeypatch.setattr(files, "_SETTLED", 0.2)
+
+
+def test_a_bucket_is_held_by_one_process(store, quick_lease):
+    where = files.path("gs://bucket/run")
+    with files.hold(where):
+        with (
+            pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on"),
+            files.hold(where),
+        ):
+            pass
+        time.sleep(0.5)
+    assert not store.store
+    with files.hold(where):
+        pass
+
+
+def test_a_lease_that_was_left_behind_is_taken_over(store, quick_lease, capsys):
+    where = files.path("gs://bucket/run")
+    files.write(where / files.LOCK, '{"id": "x", "holder": "process 7 on pod-0", "beat": 3}')
+    with files.hold(where):
+        assert "left in use by process 7 on pod-0: waiting" in capsys.readouterr().out
+    assert not store.store
+
+
+def test_of_two_that_begin_at_once_one_has_the_bucket(store, quick_lease, monkeypatch):
+    where, written = files.path("gs://bucket/run"), []
+
+    def slow_write(path, text):
+        write(path, text)
+        if not written:  # another process writes its own right after
+            written.append(True)
+            write(path, '{"id": "y", "holder": "process 8 on pod-1", "beat": 0}')
+
+    write = files.write
+    monkeypatch.setattr(files, "write", slow_write)
+    with pytest.raises(UserError, match="process 8 on pod-1"), files.hold(where):
+        pass
+
+
+def test_a_process_whose_lease_was_taken_over_ends(tmp_path):
+    """It must not write any more: its exit code is 1, at once."""
+    program = f"""
+import time
+from save_jax import files
+from tests import object_store
+object_store.register()
+files._RENEWED, files._SETTLED = 0.1, 0.1
+where = files.path("gs://bucket/run")
+with files.hold(where):
+    files.write(where / files.LOCK, '{{"id": "z", "holder": "process 9 on pod-2"}}')
+    time.sleep(30)
+    open({str(tmp_path / "late")!r}, "w")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "was taken over by process 9 on pod-2" in done.stderr
+    assert not (tmp_path / "late").exists()
