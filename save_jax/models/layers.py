@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from save_jax import sharding
 
@@ -117,8 +117,53 @@ class Attention(nnx.Module):
         if self.bias_kv:
             k, v = _append(k, self.bias_k[...]), _append(v, self.bias_v[...])
         q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=self.kernel)
+        out = attend(q, k, v, causal=causal, kernel=self.kernel)
         return self.out_proj(out.reshape(x.shape))
+
+
+def attend(
+    q: Float[Array, "batch queries heads channels"],
+    k: Float[Array, "batch keys heads channels"],
+    v: Float[Array, "batch keys heads channels"],
+    *,
+    causal: bool,
+    kernel: str,
+) -> Float[Array, "batch queries heads channels"]:
+    """Computes softmax(q·kᵀ / √channels)·v for each head.
+
+    JAX has no gradient of cuDNN's kernel for odd numbers of queries or keys, so that kernel gets
+    even ones. The result is the same: no query sees the added key, and what the added query finds
+    is cut off.
+
+    Args:
+        q, k, v: queries, keys and values.
+        causal: query n sees keys 0 to n only.
+        kernel: one of ATTENTION_KERNELS.
+    """
+    queries, keys, lengths = q.shape[1], k.shape[1], {}
+    if kernel == "cudnn":
+        q, k, v = _even(q), _even(k), _even(v)
+        if keys % 2:
+            # The added query counts as a real one: a softmax over no keys is no number, which the
+            # gradient's zeros would not remove.
+            lengths = {
+                "query_seq_lengths": _lengths(q, q.shape[1]),
+                "key_value_seq_lengths": _lengths(k, keys),
+            }
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel, **lengths)
+    return out[:, :queries]
+
+
+def _even(
+    x: Float[Array, "batch tokens heads channels"],
+) -> Float[Array, "batch even_tokens heads channels"]:
+    """Appends a token of zeros to an odd number of tokens."""
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x
+
+
+def _lengths(x: Float[Array, "batch ..."], length: int) -> Int[Array, " batch"]:
+    """The same length for each row of x, and on the same device."""
+    return sharding.by_rows(jnp.full(len(x), length, jnp.int32))
 
 
 def _append(

@@ -93,6 +93,43 @@ def test_cross_attention_equals_pytorch_and_ignores_the_order_of_keys():
     np.testing.assert_allclose(permuted, out, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [
+        (5, 5, False),
+        (5, 5, True),
+        (4, 4, True),
+        (4, 5, False),  # one key more than queries: ImageBind's
+        (5, 6, False),
+        (12, 1213, False),  # the resampler's
+    ],
+)
+def test_even_numbers_for_cudnn_change_nothing(monkeypatch, queries, keys, causal):
+    """Result and gradients, with JAX's own kernel in the place of cuDNN's."""
+    attention, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, **options):
+        seen.append((implementation, q.shape[1], k.shape[1]))
+        return attention(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    shapes = [(2, n, 3, 8) for n in (queries, keys, keys, queries)]
+    *qkv, weights = (3 * random(*shape, seed=n) for n, shape in enumerate(shapes))
+
+    def run(kernel):
+        def weighted(*qkv):
+            out = layers.attend(*qkv, causal=causal, kernel=kernel)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(*map(jnp.array, qkv))
+
+    expected, found = run("xla"), run("cudnn")
+    assert seen == [("xla", queries, keys), ("cudnn", queries + queries % 2, keys + keys % 2)]
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert one.shape == other.shape and np.abs(one).max() > 1
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * np.abs(one).max())
+
+
 def test_width_that_does_not_divide_into_heads_is_named():
     with pytest.raises(ValueError, match=r"width 10 .* 4 heads"):
         layers.Attention(10, 4, dtype=FLOAT32, rngs=RNGS)
