@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     config.mode = "train"  # "train" goes on from what the workdir holds; or "evaluate"
     config.seed = 0
     config.init_from = ""  # a run, or PyTorch weights (see the README); "" starts at random
-    config.dtype = "float32"  # compute dtype: "float32" or "bfloat16"; parameters stay float32
+    # Compute dtype: "float32" or "bfloat16" (NVIDIA: since Ampere); parameters stay float32.
+    config.dtype = "float32"
 
     config.batch_size = 128  # global: over all devices of all hosts
     # Clips encoded at once, over all devices; 0: the whole batch. The same result for less memory,

@@ -24,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -190,9 +191,19 @@ def batch_shapes(config: dict[str, Any], model: SAVEConfig, size: int, *, traini
 
 
 def trace_programs(
-    config: dict[str, Any], mesh: jax.sharding.Mesh, platform: str, *, training_only: bool = False
+    config: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+    devices: Sequence[jax.Device],
+    *,
+    training_only: bool = False,
 ) -> dict[str, jax.stages.Traced]:
     """What `save_jax.main` compiles for this config on this mesh, by name, traced.
+
+    Args:
+        config: all of its values.
+        mesh: where arrays lie.
+        devices: what the programs are for.
+        training_only: leaves out evaluation's.
 
     Raises:
         UserError: the config does not fit the mesh, or contradicts itself.
@@ -205,7 +216,7 @@ def trace_programs(
     for key in ("batch_size", "eval_batch_size", "micro_batch"):
         if key != "micro_batch" or config[key]:
             sharding.check_batch_size(key, config[key], mesh)
-    model = configuration.model_config(config, platform)
+    model = configuration.model_config(config, devices)
     loss = configuration.loss_config(config)
     # The number of steps is one constant of the program; without data there is no other.
     rates = configuration.optimizer_config(config, config["steps"] or 1)
@@ -322,11 +333,11 @@ def report(
 ) -> dict[str, Measured]:
     """Compiles all programs of a config for a target."""
     mesh = sharding.make_mesh(config["mesh"], target.devices)
-    programs = trace_programs(config, mesh, target.platform, training_only=training_only)
+    programs = trace_programs(config, mesh, target.devices, training_only=training_only)
     counted = programs
     if target.platform == "gpu":  # a fused kernel does not show what it multiplies
         plain = {**config, "model": {**config["model"], "attention": "xla"}}
-        counted = trace_programs(plain, mesh, target.platform, training_only=training_only)
+        counted = trace_programs(plain, mesh, target.devices, training_only=training_only)
     return {
         name: measure(traced, target, config["dtype"], roofline.count_flops(counted[name].jaxpr))
         for name, traced in programs.items()

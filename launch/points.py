@@ -95,7 +95,7 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         values(argv)
         resolved = values.config.to_dict()
     configuration.check_run(resolved)
-    configuration.model_config(resolved)
+    configuration.model_config(resolved, devices=())  # those of the machine that runs it count
     configuration.loss_config(resolved)
     configuration.optimizer_config(resolved, total_steps=1)
     return resolved

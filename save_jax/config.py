@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
+AMPERE = (8, 0)  # NVIDIA's compute capability that brought bfloat16, and cuDNN's fused attention
 
 
 @contextlib.contextmanager
@@ -74,15 +76,18 @@ def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
-def model_config(config: Mapping[str, Any], platform: str = "") -> SAVEConfig:
+def model_config(
+    config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> SAVEConfig:
     """Sizes and branches of the model a config describes.
 
     Args:
         config: all of a config's values.
-        platform: "cpu", "gpu" or "tpu", for which attention kernel "auto" means; "" = this one.
+        devices: what it is to run on, which decides what attention "auto" means; None = all devices
+            of all processes; none at all where it is only checked, to run elsewhere.
 
     Raises:
-        UserError: a name is unknown or sizes contradict each other.
+        UserError: a name is unknown, sizes contradict each other, or the devices cannot compute it.
     """
     if config["dtype"] not in DTYPES:
         raise UserError(f"config.dtype = {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
@@ -94,7 +99,11 @@ def model_config(config: Mapping[str, Any], platform: str = "") -> SAVEConfig:
             f"config.model.remat = {values['remat']!r}: expected one of "
             f"{', '.join(layers.REMAT_POLICIES)}"
         )
-    values["attention"] = _attention(values["attention"], config["dtype"], platform)
+    if values["attention"] not in ("auto", *layers.ATTENTION_KERNELS):
+        raise UserError(
+            f"config.model.attention = {values['attention']!r}: expected one of auto, "
+            f"{', '.join(layers.ATTENTION_KERNELS)}"
+        )
     model = _build("model", SAVEConfig, {**values, "dtype": config["dtype"]})
     data = config["data"]
     longest = model.clip.context_length
@@ -118,23 +127,56 @@ def model_config(config: Mapping[str, Any], platform: str = "") -> SAVEConfig:
                 f"config.model.clip: image_size {side} is not a multiple of patch_size "
                 f"{model.clip.patch_size}"
             )
-    return model
+    devices = jax.devices() if devices is None else devices
+    if model.dtype == "bfloat16":
+        _check_bfloat16(devices)
+    return dataclasses.replace(model, attention=_attention(model, devices))
 
 
-def _attention(kernel: str, dtype: str, platform: str) -> str:
-    """The attention kernel that a config's value means on a platform."""
-    fused = (platform or jax.default_backend()) == "gpu" and dtype == "bfloat16"
+def _capability(device: jax.Device) -> tuple[int, ...] | None:
+    """An NVIDIA GPU's compute capability, say (8, 6); None for any other device."""
+    # AMD's GPUs are "gpu" to JAX too, and name their architecture here: gfx942.
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return tuple(map(int, found.groups())) if found else None
+
+
+def _check_bfloat16(devices: Sequence[jax.Device]) -> None:
+    """Raises UserError for NVIDIA GPUs that cannot multiply in bfloat16."""
+    for device in devices:
+        capability = _capability(device)
+        if capability and capability < AMPERE:
+            # Not only cuDNN's kernel: XLA refuses JAX's own, "Unsupported algorithm …".
+            raise UserError(
+                f"config.dtype = 'bfloat16': {device.device_kind} has no bfloat16, expected an "
+                "NVIDIA GPU of compute capability 8.0 (Ampere) or later, found "
+                f"{'.'.join(map(str, capability))}; set config.dtype = 'float32'"
+            )
+
+
+def _attention(model: SAVEConfig, devices: Sequence[jax.Device]) -> str:
+    """The attention kernel that a config's value means on these devices.
+
+    Raises:
+        UserError: cuDNN's is asked for, and cannot be had.
+    """
+    kernel, obstacle = model.attention, ""
+    sizes = {
+        "clip.vision": model.clip.vision_width // model.clip.vision_heads,
+        "clip.text": model.clip.text_width // model.clip.text_heads,
+        "clip.embed_dim": model.clip.embed_dim // model.fusion_heads,
+    }
+    if model.sound_weight:
+        sizes["ast"] = model.ast.width // model.ast.heads
+    unfit = [f"{name} {size}" for name, size in sizes.items() if size % 8 or size > 128]
+    if model.dtype != "bfloat16" or not all(map(_capability, devices)):
+        obstacle = "an NVIDIA GPU and config.dtype = 'bfloat16'"
+    elif unfit:
+        obstacle = "heads of 8, 16, … 128 channels, and those here have: " + ", ".join(unfit)
     if kernel == "auto":
-        return "cudnn" if fused else "xla"
-    if kernel not in layers.ATTENTION_KERNELS:
+        return "xla" if obstacle else "cudnn"
+    if kernel == "cudnn" and obstacle:
         raise UserError(
-            f"config.model.attention = {kernel!r}: expected one of auto, "
-            f"{', '.join(layers.ATTENTION_KERNELS)}"
-        )
-    if kernel == "cudnn" and not fused:
-        raise UserError(
-            "config.model.attention = 'cudnn' needs an NVIDIA GPU and config.dtype = 'bfloat16'; "
-            "'auto' chooses what fits"
+            f"config.model.attention = 'cudnn' needs {obstacle}; 'auto' chooses what fits"
         )
     return kernel
 

@@ -35,6 +35,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.mode=dream"], "expected 'train' or 'evaluate'"),
         (["--config.log_every=0"], "config.log_every = 0: expected at least 1"),
         (["--config.dtype=float8"], "expected one of float32, bfloat16"),
+        (["--config.model.attention=cudnn"], "needs an NVIDIA GPU and config.dtype = 'bfloat16'"),
         (["--config.mesh.data=3"], "does not fit the 8 devices"),
         (["--config.batch_size=12"], "multiple of 8, say 16"),
         (["--config.eval_batch_size=0"], "multiple of 8, say 8"),

@@ -121,7 +121,7 @@ def _model(args: argparse.Namespace) -> SAVEConfig | None:
     if args.config:
         if args.clip or args.ast:
             raise UserError("--config says the sizes of CLIP and AST: leave --clip and --ast out")
-        return configuration.model_config(_config(args.config))
+        return configuration.model_config(_config(args.config), devices=())
     if not args.clip and not args.ast:
         return None
     sizes = {}

@@ -109,7 +109,7 @@ def test_what_is_compiled_is_what_runs(prepared, tmp_path, monkeypatch):
     config = tiny(prepared)
     mesh = sharding.make_mesh(config["mesh"])
     runs = run(config, tmp_path, monkeypatch)
-    programs = compile_.trace_programs(config, mesh, "cpu")
+    programs = compile_.trace_programs(config, mesh, jax.devices())
     assert list(programs) == list(runs)
     for name, traced in programs.items():
         assert traced.lower().as_text() == runs[name], name
@@ -121,7 +121,7 @@ def test_what_is_compiled_is_what_runs(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sharding, "batch_sharding", lambda mesh: jax.NamedSharding(mesh, jax.P("data"))
     )
-    other = compile_.trace_programs(config, mesh, "cpu", training_only=True)
+    other = compile_.trace_programs(config, mesh, jax.devices(), training_only=True)
     assert other["training step"].lower().as_text() != runs["training step"]
 
 
