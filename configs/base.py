@@ -45,7 +45,9 @@ def apply_model(config: ConfigDict, name: str) -> None:
 def get_config() -> ConfigDict:
     """SAVE at full size, without a data set."""
     config = ConfigDict()
-    config.mode = "train"  # "train" goes on from what the workdir holds; or "evaluate"
+    # "train" goes on from what the workdir holds. "evaluate" takes model, loss, words and frames
+    # from the config.json of the run that it evaluates.
+    config.mode = "train"
     config.seed = 0
     config.init_from = ""  # a run, or PyTorch weights (see the README); "" starts at random
     # Compute dtype: "float32" or "bfloat16" (NVIDIA: since Ampere); parameters stay float32.

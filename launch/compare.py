@@ -8,7 +8,7 @@ import argparse
 import pathlib
 import sys
 
-from launch.runs import last_evaluation
+from launch.runs import incomparable, last_evaluation
 from save_jax.errors import UserError
 
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print("Text→video: SumR, then R@1 (%) of all queries and of each group (number of queries).")
     print(table(results))
+    for problem in incomparable(results):
+        print(f"warning: {problem}", file=sys.stderr)
     return 0
 
 

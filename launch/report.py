@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from launch import runs
+from save_jax.config import flatten
 from save_jax.errors import UserError
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
@@ -49,17 +50,6 @@ def differing(found: list[runs.Run]) -> list[str]:
         for key in keys
         if key not in PLACES and len({repr(config.get(key)) for config in flat}) > 1
     ]
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"new": 1}} as {"optimizer.new": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
@@ -241,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         found = ordered(runs.find(options.directory), options.metric)
         rows = table(found, options.directory, options.metric)
         print(as_text(rows))
-        for problem in (problem for run in found for problem in run.problems):
+        evaluations = {run_name(run, options.directory): run.evaluation for run in found}
+        problems = [problem for run in found for problem in run.problems]
+        for problem in problems + runs.incomparable(evaluations):
             print(f"warning: {problem}", file=sys.stderr)
         if options.csv:
             write_csv(rows, options.csv)

@@ -4,16 +4,21 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from save_jax.config import flatten
 from save_jax.errors import UserError
 
 EXIT_FILE = "exit.json"  # {"code": of save_jax.main}, left by whoever launched the run
 LOCK_FILE = "launch.lock"  # locked by a run that was launched here, for as long as it lives
 QUIET_AFTER = 15 * 60  # seconds without a line, after which a run counts as stopped
+# Of an evaluation's protocol: what has to be equal for two results to be answers to one question.
+QUESTION = ("data.dataset", "data.variant", "split", "captions", "videos", "videos_with_captions")
+QUESTION += ("ties", "v2t", "dtype")
+SHOWN = 3  # names of runs in a warning
 
 
 class Run(NamedTuple):
@@ -92,6 +97,34 @@ def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
             or f"{workdir} holds no evaluation/STEP/metrics.json: train or evaluate there first"
         )
     return evaluation
+
+
+def incomparable(evaluations: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """In words: in what the protocols of evaluations differ that are shown side by side.
+
+    Args:
+        evaluations: metrics.json of each run, by the name that it is shown by; None without one.
+            What a file does not say counts as equal.
+    """
+    protocols = {
+        name: flatten(evaluation.get("protocol", {}))
+        for name, evaluation in evaluations.items()
+        if evaluation
+    }
+    lines = []
+    for key in QUESTION:
+        names: dict[Any, list[str]] = {}
+        for name, protocol in protocols.items():
+            if key in protocol:
+                names.setdefault(protocol[key], []).append(name)
+        if len(names) > 1:
+            found = (
+                f"{value!r} in {', '.join(of[:SHOWN])}"
+                + (f" and {len(of) - SHOWN} more" if len(of) > SHOWN else "")
+                for value, of in names.items()
+            )
+            lines.append(f"these evaluations differ in protocol: {key} is {'; '.join(found)}")
+    return lines
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

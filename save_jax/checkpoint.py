@@ -153,6 +153,16 @@ def find(path: str | os.PathLike) -> files.Path:
     )
 
 
+def workdir_of(path: str | os.PathLike) -> files.Path:
+    """The run's directory that a path to a run or to a checkpoint (see `find`) belongs to.
+
+    Raises:
+        UserError: as `find`.
+    """
+    parent = find(path).parent
+    return parent.parent if parent.name == DIRECTORY else parent
+
+
 def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
     """Names, shapes and dtypes of a checkpoint's arrays.
 

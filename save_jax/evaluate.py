@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class EvaluationSet(NamedTuple):
         caption_ids: int32 [captions, L], their byte-pair ids.
         video_of_caption: int32 [captions], the row of each caption's clip.
         groups: one query group a caption, "" for none.
+        settings: what else the results depend on, for their protocol (`config.protocol`).
     """
 
     split: str
@@ -41,6 +42,7 @@ class EvaluationSet(NamedTuple):
     caption_ids: np.ndarray
     video_of_caption: np.ndarray
     groups: Sequence[str]
+    settings: Mapping[str, Any] = {}
 
 
 class Evaluator:
@@ -145,6 +147,7 @@ def protocol(data: EvaluationSet, selection: str) -> dict:
         "v2t": "the only caption of each video"
         if captions == captioned
         else "the best of each video's captions",
+        **data.settings,
     }
 
 

@@ -67,25 +67,10 @@ RANDOM = "config.init_from is empty: the weights are the random ones of seed {se
 SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def check_same_config(config: dict[str, Any], path: files.Path) -> None:
     """Raises UserError naming the keys in which a run's recorded config differs from `config`."""
-    try:
-        recorded = _flatten(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}): restore it, or use another --workdir"
-        ) from error
-    current = _flatten(config)
+    recorded = configuration.flatten(configuration.read_recorded(path))
+    current = configuration.flatten(config)
     differing = [
         f"  {key}: {recorded.get(key, '(absent)')!r} there, {current.get(key, '(absent)')!r} now"
         for key in sorted(set(recorded) | set(current))
@@ -279,6 +264,7 @@ class Data:
             self._tokenizer(table.texts, max_words),
             table.video_rows,
             table.groups,
+            configuration.protocol(self._config),
         )
 
 
@@ -304,8 +290,49 @@ def prepare_demo(config: dict[str, Any]) -> None:
     )
 
 
-def run(config: dict[str, Any], workdir: files.Path) -> bool:
+def _as_trained(
+    config: dict[str, Any], workdir: files.Path, explicit: Collection[str]
+) -> dict[str, Any]:
+    """The config to evaluate with: what decides a run's scores is the run's own, and is said.
+
+    Raises:
+        UserError: an explicit key contradicts the run, or the workdir is another run's.
+    """
+    from save_jax.weights import sources
+
+    source = config["init_from"] or str(checkpoint.find(workdir))
+    found = sources.recorded_config(source)
+    if checkpoint.is_ours(source) and (workdir / configuration.RECORDED).exists():
+        home = checkpoint.workdir_of(source)
+        if os.path.realpath(home) != os.path.realpath(workdir):
+            raise UserError(
+                f"{workdir} holds a run, and config.init_from = {source!r} is of another, whose "
+                "evaluation would take the place of its own. Leave config.init_from empty to "
+                "evaluate the run in the workdir, or use another --workdir"
+            )
+    elif not checkpoint.is_ours(source) and checkpoint.is_ours(workdir):
+        say(
+            f"evaluating {source}, not the run in {workdir}: for that, leave config.init_from empty"
+        )
+    if found is None:
+        return config
+    where, recorded = found
+    if recorded is None:
+        say(f"there is no {where}: {source} is evaluated as the config says")
+        return config
+    config, lines = configuration.as_trained(config, recorded, where, explicit)
+    for line in lines:
+        say(line)
+    return config
+
+
+def run(config: dict[str, Any], workdir: files.Path, explicit: Collection[str] = ()) -> bool:
     """Trains or evaluates as the config says.
+
+    Args:
+        config: all of it.
+        workdir: the run's directory.
+        explicit: keys that the command line sets: they may not contradict an evaluated run.
 
     Returns:
         True when what was asked for is complete, False when it was interrupted before.
@@ -314,6 +341,8 @@ def run(config: dict[str, Any], workdir: files.Path) -> bool:
         UserError, NonFiniteLossError: see there.
     """
     configuration.check_run(config)
+    if config["mode"] == "evaluate":
+        config = _as_trained(config, workdir, explicit)
     if config["dtype"] == "float32":
         # Without this, a GPU multiplies float32 in TF32 and a TPU in bfloat16.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -324,8 +353,6 @@ def run(config: dict[str, Any], workdir: files.Path) -> bool:
     for key in ("batch_size", "eval_batch_size", "micro_batch"):
         if key != "micro_batch" or config[key]:
             sharding.check_batch_size(key, config[key], mesh)
-    if config["mode"] == "evaluate" and not config["init_from"]:
-        checkpoint.find(workdir)  # which must be there before it is held
     with processes.hold(workdir):
         return _train_or_evaluate(config, workdir, model, loss, mesh)
 
@@ -337,7 +364,7 @@ def _train_or_evaluate(
     loss: LossConfig,
     mesh: jax.sharding.Mesh,
 ) -> bool:
-    recorded = workdir / "config.json"
+    recorded = workdir / configuration.RECORDED
     if config["mode"] == "train" and recorded.exists():
         check_same_config(config, recorded)
 
@@ -361,7 +388,7 @@ def _train_or_evaluate(
         state = checkpoints.restore(step, state)
         say(f"going on from checkpoint {step} of {total} in {workdir}")
     elif config["init_from"]:
-        loaded = load_weights(config["init_from"], model, state)
+        loaded = load_weights(config, model, state)
         trained, frozen = optimizer.partition(loaded, rates)
         state = state._replace(trained=trained, frozen=frozen)
     else:
@@ -418,18 +445,33 @@ def summarise(workdir: files.Path, split: str) -> None:
 
 
 def load_weights(
-    source: str, model: SAVEConfig, state: checkpoint.TrainState, *, complete: bool = False
+    config: dict[str, Any],
+    model: SAVEConfig,
+    state: checkpoint.TrainState,
+    *,
+    complete: bool = False,
 ) -> Parameters:
-    """All parameters: those that `source` holds, the rest as they are in `state`.
+    """All parameters: those that config.init_from holds, the rest as they are in `state`.
+
+    Says in what the model differs from that of a run which they are from.
 
     Raises:
         UserError: the source does not fit the model or, with `complete`, lacks some of it.
     """
     from save_jax import weights
+    from save_jax.weights import sources
 
+    source = config["init_from"]
     current = {**state.trained, **state.frozen}
     loaded = weights.load(source, model, current, trust_archive=TRUST_ARCHIVE.value)
     say("\n".join(loaded.notes))
+    for part, origin in weights.parse(source):
+        where, recorded = sources.recorded_config(origin) or ("", None)
+        if recorded is None:
+            continue
+        trained = configuration.deciding(recorded, where)
+        for key, (here, there) in configuration.differences(config, trained, part).items():
+            say(f"{key}: {here!r} in the config, {there!r} in {where}, where the weights are from")
     if complete and loaded.absent:
         raise UserError(
             f"{source} lacks {len(loaded.absent)} of the model's arrays, {loaded.absent[0]} first: "
@@ -457,7 +499,7 @@ def _evaluate(
         source = checkpoint.find(source or workdir)
         step, params = checkpoint.load_parameters(source, {**state.trained, **state.frozen})
     else:
-        step, params = 0, load_weights(source, model, state, complete=True)
+        step, params = 0, load_weights(config, model, state, complete=True)
     data.use_cache(params, optimizer.ALL_FROZEN, mesh)
     state = state._replace(trained=params, frozen={})
     workdir.mkdir(parents=True, exist_ok=True)
@@ -471,6 +513,7 @@ def _evaluate(
             evaluate.Evaluator(graphdef, mesh, config["eval_batch_size"], loss.local_weight),
             writer,
             workdir,
+            str(source).removeprefix(f"{workdir}/"),
         )
     finally:
         writer.close()
@@ -522,7 +565,8 @@ def main(argv: list[str]) -> int:
         config, workdir = _parse(argv)
         processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
         with processes.lost_peers_end_this_one():
-            complete = run(config, workdir)
+            explicit = config_flags.get_override_values(flags.FLAGS[CONFIG.name])
+            complete = run(config, workdir, explicit)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from save_jax import (
     sharding,
 )
 from save_jax.batch import Batch
-from save_jax.checkpoint import Checkpoints, TrainState
+from save_jax.checkpoint import DIRECTORY, Checkpoints, TrainState
 from save_jax.errors import NonFiniteLossError
 from save_jax.models import save
 from save_jax.objectives import LossConfig
@@ -357,10 +357,16 @@ def run_evaluation(
     evaluator: evaluate.Evaluator,
     writer: Writer,
     workdir: files.Path,
+    source: str = "",
 ) -> dict:
-    """Evaluates a state, writes evaluation/STEP, scalars and the table; returns the metrics."""
+    """Evaluates a state, writes evaluation/STEP, scalars and the table; returns the metrics.
+
+    `source` says where the state is from; by default it is the workdir's checkpoint of this step.
+    """
     scores, result = evaluator.evaluate({**state.trained, **state.frozen}, data)
-    result = {"step": step, "protocol": evaluate.protocol(data, selection), **result}
+    protocol = evaluate.protocol(data, selection)
+    protocol["checkpoint"] = source or f"{DIRECTORY}/{step}"
+    result = {"step": step, "protocol": protocol, **result}
     if jax.process_index() == 0:
         evaluate.write(workdir / "evaluation" / str(step), data, scores, result)
     writer.write_scalars(

@@ -8,6 +8,8 @@ from data_pipelines import datasets
 from data_pipelines.recipe import Recipe
 from save_jax import config as configuration
 from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+from save_jax.objectives import LossConfig
 
 CONFIGS = {
     "charades": charades,
@@ -67,6 +69,13 @@ def test_every_config_and_model_can_run(name, model):
 def test_an_unknown_model(name):
     with pytest.raises(UserError, match="unknown model 'nosuch'"):
         CONFIGS[name].get_config("nosuch")
+
+
+def test_the_base_has_the_defaults_of_the_code():
+    """So that a key which a run's config.json lacks means one thing."""
+    plain = base.get_config().to_dict()
+    assert configuration.model_config(plain, "cpu") == SAVEConfig()
+    assert configuration.loss_config(plain) == LossConfig()
 
 
 def test_what_differs_from_msrvtt():

@@ -171,6 +171,7 @@ def test_evaluation_is_written_as_promised(tmp_path):
         "selection": "after epoch 3 (the last step)",
         "ties": "count against the model",
         "v2t": "the best of each video's captions",
+        "checkpoint": "checkpoints/12",
     }
     assert np.load(last / "similarity.npy").shape == (15, 11)
     assert (last / "captions.csv").read_text().splitlines()[0] == "caption,video_id,group"

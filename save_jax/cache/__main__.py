@@ -75,7 +75,7 @@ def run(
 
     _, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
     if config["init_from"]:
-        params = main.load_weights(config["init_from"], model, state)
+        params = main.load_weights(config, model, state)
     else:
         params = state.frozen
         say(main.RANDOM.format(seed=config["seed"]))

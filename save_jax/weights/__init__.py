@@ -5,6 +5,6 @@ users have, `python -m save_jax.weights` imports and exports. PyTorch is importe
 write its own pickles.
 """
 
-from save_jax.weights.loading import Loaded, load
+from save_jax.weights.loading import Loaded, load, parse
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "parse"]

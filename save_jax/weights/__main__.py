@@ -18,13 +18,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from configs import base
 from save_jax import checkpoint, parameters
 from save_jax import config as configuration
 from save_jax.errors import UserError
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
 from save_jax.weights import export, loading
-from save_jax.weights.sources import FACTS, OURS, open_source
+from save_jax.weights.sources import FACTS, OURS, open_source, recorded_config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,9 +161,17 @@ def _export(args: argparse.Namespace) -> None:
     else:
         loaded = loading.read(args.source, trust_archive=args.trust_archive)
         values, names = loaded.parameters, loaded.names
+    where, recorded = recorded_config(args.source) or ("", None)
+    config = recorded and configuration.deciding(recorded, where)
     with _appearing_at_once(args.out) as temporary:
-        kept = export.write(temporary, values, args.format, args.dtype, names)
+        kept = export.write(temporary, values, args.format, args.dtype, names, config)
     print(f"{args.out}: {len(values)} parameters as {args.format}")
+    if config and args.format != "safetensors":
+        differing = configuration.differences(base.get_config().to_dict(), config)
+        print(
+            "such a file does not say what its model was trained as, so say it when you evaluate "
+            "it: " + (", ".join(f"{k} = {v!r}" for k, (_, v) in differing.items()) or "the default")
+        )
     if kept:
         print(
             f"{kept} tensors are float32 where the reference has float16, which would round them; "

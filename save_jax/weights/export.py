@@ -1,12 +1,15 @@
 """Our parameters as files for others: the reference's PyTorch checkpoint, and safetensors."""
 
+import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from save_jax.weights import pytorch_file, safetensors_file, save, tables
+from save_jax.weights.sources import CONFIG
 
 FORMATS = ("save-pytorch", "safetensors")
 # "lossless": as the source of an import had it, else the reference's, and float32 for each tensor
@@ -61,14 +64,19 @@ def write(
     form: str,
     dtypes: str = "lossless",
     names: Mapping[str, str] = {},
+    config: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a file in one of `FORMATS`; see `to_state`. Safetensors have our names, float32.
+
+    They also say by which config (`config.deciding`) the parameters were trained, if any is given;
+    PyTorch's state dictionaries have no place for it.
 
     Returns:
         As `to_state`; 0 for safetensors.
     """
     if form == "safetensors":
-        safetensors_file.write(path, {k: np.asarray(v) for k, v in parameters.items()})
+        facts = {} if config is None else {CONFIG: json.dumps(config)}
+        safetensors_file.write(path, {k: np.asarray(v) for k, v in parameters.items()}, facts)
         return 0
     state, kept = to_state(parameters, dtypes, names)
     pytorch_file.write(path, state)

@@ -72,6 +72,20 @@ def read(path: pathlib.Path) -> Tensors:
     return tensors
 
 
+def metadata(path: pathlib.Path) -> dict[str, str]:
+    """What a file says of itself; nothing where it is damaged, which `read` reports."""
+    with path.open("rb") as file:
+        head = file.read(PREFIX + 1)
+        if not looks_like(head):
+            return {}
+        header = head[PREFIX:] + file.read(int.from_bytes(head[:PREFIX], "little") - 1)
+    try:
+        found = json.loads(header).get("__metadata__")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _tensor(path: pathlib.Path, start: int, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     begin, end = entry["data_offsets"]
@@ -88,9 +102,18 @@ def _tensor(path: pathlib.Path, start: int, entry: Mapping[str, Any]) -> Tensor:
     return Tensor(shape, dtype, array)
 
 
-def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays, sorted by name; the caller sees to it that the file appears at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what other readers ask for
+def write(
+    path: pathlib.Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, str] = {}
+) -> None:
+    """Writes arrays, sorted by name; the caller sees to it that the file appears at once.
+
+    Args:
+        path: the file.
+        arrays: of the dtypes above.
+        facts: what the file shall say of itself (`metadata`).
+    """
+    # "format" is what other readers ask for.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **facts}}
     end = 0
     for name in sorted(arrays):
         array = arrays[name]

@@ -9,11 +9,12 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from save_jax import checkpoint
+from save_jax import config as configuration
 from save_jax.errors import UserError
 from save_jax.weights import (
     ast,
@@ -28,6 +29,7 @@ from save_jax.weights.tables import Row, State, Table, listing
 from save_jax.weights.tensors import Tensor, Tensors
 
 FACTS = "weights.json"  # beside the checkpoints of an import: how the source spelled its tensors
+CONFIG = "save_jax.config"  # in the metadata of safetensors exported from a run: what made it
 
 
 class Format(NamedTuple):
@@ -129,6 +131,34 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
             + (listing(found) or "nothing")
         )
     return Source(where, recognise(tensors, where), tensors, names)
+
+
+def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
+    """What a source says of the config that it was trained with.
+
+    Args:
+        where: a run or a checkpoint of ours, on a disk or in a bucket, or any other source.
+
+    Returns:
+        Where it is written, and the config; None for the latter when a run lacks config.json. None
+        for sources that say nothing: all but runs, and safetensors exported from them.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if checkpoint.is_ours(where):
+        path = checkpoint.workdir_of(where) / configuration.RECORDED
+        return str(path), configuration.read_recorded(path) if path.exists() else None
+    file = pathlib.Path(where).expanduser()
+    if file.is_dir():
+        file /= hub.WEIGHTS[0]
+    facts = safetensors_file.metadata(file) if file.is_file() else {}
+    if CONFIG not in facts:
+        return None
+    try:
+        return str(file), dict(json.loads(facts[CONFIG]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: its metadata {CONFIG} is damaged ({error})") from error
 
 
 def recognise(tensors: State, where: str) -> Format:

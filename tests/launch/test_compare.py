@@ -5,12 +5,12 @@ import json
 from launch import compare
 
 
-def evaluation(workdir, step: int, total: float, groups: dict[str, float]) -> None:
+def evaluation(workdir, step: int, total: float, groups: dict[str, float], **protocol) -> None:
     folder = workdir / "evaluation" / str(step)
     folder.mkdir(parents=True)
     result = {
         "t2v": {"SumR": total, "R1": 1.5},
-        "protocol": {"captions": 395},
+        "protocol": {"captions": 395, **protocol},
         "groups": {name: {"queries": 87, "t2v": {"R1": r1}} for name, r1 in groups.items()},
     }
     (folder / "metrics.json").write_text(json.dumps(result))
@@ -23,6 +23,22 @@ def test_the_last_evaluation_of_each_run_in_the_order_given(tmp_path, capsys):
     assert compare.main([str(tmp_path / "b"), str(tmp_path / "a")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
     assert rows == [["b", "20.0", "1.5", "2.0"], ["a", "30.0", "1.5", "40.2", "5.7"]]
+
+
+def test_answers_to_different_questions_are_told_apart(tmp_path, capsys):
+    for name in "abcde":
+        evaluation(tmp_path / name, 1, 1.0, {}, split="test", model={"sound_weight": 0.5})
+    evaluation(tmp_path / "old", 1, 1.0, {})  # says nothing of its split
+    names = [str(tmp_path / name) for name in ("a", "b", "c", "d", "e", "old")]
+    assert compare.main(names) == 0
+    assert capsys.readouterr().err == ""
+    # Of another model: that is what comparing is for. Of another split: not.
+    evaluation(tmp_path / "f", 1, 1.0, {}, split="val", model={"sound_weight": 0}, dtype="bfloat16")
+    assert compare.main([*names, str(tmp_path / "f")]) == 0
+    assert capsys.readouterr().err == (
+        "warning: these evaluations differ in protocol: split is 'test' in a, b, c and 2 more; "
+        "'val' in f\n"
+    )
 
 
 def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):

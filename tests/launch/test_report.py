@@ -1,6 +1,7 @@
 """The table and the plot of many runs."""
 
 import csv
+import json
 import xml.etree.ElementTree
 
 import pytest
@@ -79,6 +80,18 @@ def test_broken_files_are_named_and_not_fatal(directory, capsys):
     captured = capsys.readouterr()
     assert "0.01-1/evaluation/5/metrics.json cannot be read" in captured.err
     assert captured.out.splitlines()[-1].split()[0] == "0.01-1"
+
+
+def test_answers_to_different_questions_are_told_apart(directory, capsys):
+    for name, variant in (("0.01-1", "9k"), ("0.01-0", "7k")):
+        path = directory / name / "evaluation/5/metrics.json"
+        protocol = {"data": {"variant": variant}, "split": "test"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": protocol}))
+    assert report.main([str(directory)]) == 0
+    assert capsys.readouterr().err == (
+        "warning: these evaluations differ in protocol: data.variant is '9k' in 0.01-1; "
+        "'7k' in 0.01-0\n"
+    )
 
 
 def drawn(path) -> str:
