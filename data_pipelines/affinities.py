@@ -123,6 +123,7 @@ def _embedded(
         tasks,
         min(workers, max(len(tasks), 1)),
         imagebind.crashed,
+        lambda task: task.clip.video,
     )
     progress = tqdm(total=len(tasks), desc="the teacher's vectors", unit="clip", disable=not tasks)
     with contextlib.closing(read), progress:

@@ -3,9 +3,9 @@
 import shlex
 from collections.abc import Sequence
 
-from data_pipelines import shards
+from data_pipelines import outages, shards
 from data_pipelines.shards import Shard
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 
 
 def write(
@@ -28,6 +28,7 @@ def write(
 
     Raises:
         UserError: Apache Beam is not installed, or the pipeline failed.
+        OutageError: it failed because a worker's machine, the network or a store did.
     """
     try:
         import apache_beam as beam
@@ -48,7 +49,11 @@ def write(
                 | beam.Reshuffle()
                 | beam.Map(shards.write_planned, workers=workers)
             )
-    except Exception as error:  # each runner has its own
+    except Exception as error:  # each runner has its own, with the worker's in its words
+        outages.pass_on(error, runner)
+        _, its_name, words = str(error).partition(f"{OutageError.__name__}: ")
+        if its_name:
+            raise OutageError(words.splitlines()[0]) from error
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"--beam_runner={runner}: expected the pipeline to finish, found "

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import tqdm
 from etils import epath
 
-from data_pipelines import places, shards, sources, storage
+from data_pipelines import outages, places, shards, sources, storage
 from data_pipelines.datasets.clip import Problem
 from data_pipelines.recipe import Recipe
 from data_pipelines.records import Record, read_records
@@ -51,6 +51,7 @@ def build(
 
     Raises:
         UserError: no clip of a split is usable, or with `strict`, one is not.
+        OutageError: the machine or a store fails; what is done is kept.
     """
     work, notes = places.work_directory(directory), places.notes_directory(directory)
     for folder in (work, notes):
@@ -153,7 +154,7 @@ def _describe(
         UserError: a split has no usable clip.
     """
     counts, sizes = {}, {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
         for split, clips in found.splits.items():
             index = [entry for note in notes[split] for entry in note.index]
             its_problems = [problem for problem in problems if problem[0] == split]
@@ -199,6 +200,7 @@ def _describe(
                 "problems": len(problems),
             },
         )
-        # Readers take a directory with metadata.json for complete.
-        for name in sorted(os.listdir(scratch), key=lambda name: name == "metadata.json"):
-            storage.copy_file(os.path.join(scratch, name), str(work / name))
+        with storage.writing(str(work)):
+            # Readers take a directory with metadata.json for complete.
+            for name in sorted(os.listdir(scratch), key=lambda name: name == "metadata.json"):
+                storage.copy_file(os.path.join(scratch, name), str(work / name))

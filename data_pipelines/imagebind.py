@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import audio, media, records
+from data_pipelines import audio, media, outages, records
 from data_pipelines.datasets.clip import Clip
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def read_inputs(task: Task, sizes: Sizes) -> Inputs:
 
     Raises:
         UserError: this installation cannot read what the clip consists of.
+        OutageError: the machine or a store cannot read it now, through no fault of the clip.
     """
     clip, frames, fbanks = task.clip, None, None
     waveform, problems = records.read_waveform(clip)
@@ -82,6 +83,7 @@ def read_inputs(task: Task, sizes: Sizes) -> Inputs:
     except media.MediaError as error:
         return Inputs(clip, None, None, f"{clip.video}: {error}")
     except Exception as error:
+        outages.pass_on(error, clip.video)
         # One odd file among ten thousand must not end hours of work; it is named instead.
         _log.exception("clip %s: %s", clip.video_id, clip.video)
         return Inputs(clip, None, None, f"{clip.video}: unexpected {error!r}")

@@ -6,10 +6,12 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import fsspec
 import tqdm
 
+from data_pipelines import outages
 from save_jax.errors import UserError
 
 # The folder to keep copies in, of whatever data set; it may be emptied at any time.
@@ -31,7 +33,9 @@ def local_copies(paths: Sequence[str]) -> list[str]:
         the path of the copy of each.
 
     Raises:
-        UserError: a file is absent, its store cannot be reached, or the copies cannot be written.
+        UserError: a file is absent, its kind of store cannot be reached from here, or the copies
+            cannot be written.
+        OutageError: the store, the network or the disk fails.
     """
     directory = pathlib.Path(
         os.environ.get(DIRECTORY_VARIABLE) or pathlib.Path.home() / ".cache" / "save_jax"
@@ -47,7 +51,11 @@ def local_copies(paths: Sequence[str]) -> list[str]:
             f"{paths[0]}: expected a store that can be read from, found that a package is missing "
             f"({error}). Install gcsfs for gs://, s3fs for s3://."
         ) from error
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno not in outages.NO_SPACE:
+            outages.pass_on(error, f"copies of {paths[0]} and others in {directory}")
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{directory}: expected to keep copies there of {paths[0]} and others, found: {error}. "
             f"Make room, or let {DIRECTORY_VARIABLE} name a folder on a larger disk."
@@ -59,37 +67,52 @@ def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
     for path in paths:
         files, name = fsspec.core.url_to_fs(path)
         # What the store says of a file changes when the file does: its time, its checksum.
-        version = hashlib.sha256(f"{path} {files.ukey(name)}".encode()).hexdigest()[:24]
+        with outages.reaching(path):
+            key = files.ukey(name)
+        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:24]
         copy = directory / f"{version}-{name.rpartition('/')[2]}"
         copies.append(os.fspath(copy))
         if not copy.exists():
-            absent.append((files, name, copy))
+            absent.append((files, name, path, copy))
     if absent:
+        with outages.reaching(paths[0]):
+            total = sum(files.size(name) for files, name, *_ in absent)
         with tqdm.tqdm(
             desc=f"copying {paths[0].rpartition('/')[0]} to {directory}",
-            total=sum(files.size(name) for files, name, _ in absent),
+            total=total,
             unit="B",
             unit_scale=True,
         ) as progress:
-            for files, name, copy in absent:
-                _copy(files, name, copy, progress)
+            for files, name, path, copy in absent:
+                _copy(files, name, path, copy, progress)
     return copies
 
 
 def _copy(
-    files: fsspec.AbstractFileSystem, name: str, copy: pathlib.Path, progress: tqdm.tqdm
+    files: fsspec.AbstractFileSystem,
+    name: str,
+    path: str,
+    copy: pathlib.Path,
+    progress: tqdm.tqdm,
 ) -> None:
     """Copies a file, which has its name only once it is complete."""
     partial = copy.with_name(f"{copy.name}.partial")
     try:
-        with files.open(name, "rb") as source, partial.open("wb") as target:
-            while chunk := source.read(_CHUNK):
+        with outages.reaching(path):
+            source = files.open(name, "rb")
+        with source, partial.open("wb") as target:
+            while chunk := _read(source, path):
                 progress.update(target.write(chunk))
             target.flush()
             os.fsync(target.fileno())  # after a power cut, a name must not stand for nothing
         partial.replace(copy)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(source: BinaryIO, path: str) -> bytes:
+    with outages.reaching(path):
+        return source.read(_CHUNK)
 
 
 @contextlib.contextmanager

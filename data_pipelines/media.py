@@ -5,7 +5,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import av.stream
@@ -14,9 +14,9 @@ from av.video.reformatter import VideoReformatter
 from etils import epath
 from PIL import Image, ImageOps
 
+from data_pipelines import outages
 from data_pipelines.places import is_remote
 from data_pipelines.recipe import Recipe
-from save_jax.errors import UserError
 
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20
@@ -60,10 +60,14 @@ def decode_frames(
 
     Raises:
         MediaError: no frame can be decoded.
+        OutageError: it cannot be read now, or there is no room for its frames.
     """
     size = recipe.image_size
     # How many candidates there are is known only at the end, and so is which ones are kept.
-    with tempfile.SpooledTemporaryFile(max_size=_CANDIDATES_IN_MEMORY) as candidates:
+    with (
+        outages.temporary(),
+        tempfile.SpooledTemporaryFile(max_size=_CANDIDATES_IN_MEMORY) as candidates,
+    ):
         count = 0
         for image in _candidates(path, recipe.frames_per_second, damage):
             candidates.write(fit(image, size))
@@ -93,6 +97,7 @@ def decode_evenly(path: str | os.PathLike, count: int, size: int) -> np.ndarray:
 
     Raises:
         MediaError: no frame can be decoded.
+        OutageError: it cannot be read now.
     """
     expected = max(_declared_frames(path), 1)
     for _ in range(2):
@@ -153,39 +158,102 @@ def encode_frame(frame: np.ndarray, encoding: str) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def open_binary(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a file, here or remote, for reading bytes.
+def read_binary(path: str | os.PathLike) -> bytes:
+    """Reads all of a file, here or remote.
 
     Raises:
-        UserError: this installation cannot reach that kind of store.
+        UserError, OutageError, OSError: see `outages.reaching`.
     """
-    with _reaching(path):
-        file = epath.Path(path).open("rb")
-    with file:
-        yield file
+    with outages.reaching(path):
+        return epath.Path(path).read_bytes()
 
 
 @contextlib.contextmanager
 def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
-    """Opens a media file, here or remote; MediaError with the reason when that fails."""
+    """Opens a media file, here or remote.
+
+    Raises:
+        MediaError: it cannot be opened; says why.
+        OutageError: it cannot be read now. This may be found while it is open, and is then raised
+            at the end, whatever FFmpeg made of it.
+    """
     with contextlib.ExitStack() as opened:
         try:
-            if is_remote(path):
-                # FFmpeg knows no object stores, and would take some of their names for its own.
-                source = opened.enter_context(open_binary(path))
-                size = source.seek(0, os.SEEK_END)
-                source.seek(0)
-            else:
-                source, size = os.fspath(path), os.path.getsize(path)
-            if size == 0:
-                raise MediaError("the file is empty (0 bytes)")
-            container = opened.enter_context(av.open(source))
+            source = opened.enter_context(_Source(path))
         except FileNotFoundError:
             raise MediaError("the file does not exist") from None
-        except (av.error.FFmpegError, OSError, ValueError) as error:
+        except OSError as error:
+            raise MediaError(f"it cannot be read ({_reason(error)})") from error
+        if source.size == 0:
+            raise MediaError("the file is empty (0 bytes)")
+        try:
+            container = opened.enter_context(av.open(source))
+        except (av.error.FFmpegError, ValueError) as error:
+            source.check()
+            outages.pass_on(error, path)
             raise MediaError(f"not a media file that FFmpeg can read ({_reason(error)})") from error
-        yield container
+        try:
+            yield container
+        finally:
+            source.check()
+
+
+class _Source:
+    """A file, here or remote, that FFmpeg reads through us.
+
+    By itself it would take some names for those of a network's protocols (a colon is enough), know
+    no object stores, and tell a disk that fails by the words it has for a damaged file.
+
+    Attributes:
+        size: of the file, in bytes.
+
+    Raises:
+        UserError, OutageError, OSError: see `outages.reaching`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        self._failure: Exception | None = None
+        with outages.reaching(path):
+            if is_remote(path):
+                self._file: BinaryIO = epath.Path(path).open("rb")
+                self.size = self._file.seek(0, os.SEEK_END)
+                self._file.seek(0)
+            else:
+                self.size = os.path.getsize(path)
+                # A pipe has none, and opening it would wait for a writer.
+                self._file = io.FileIO(path) if self.size else io.BytesIO()
+
+    def __enter__(self) -> "_Source":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self._path)
+
+    def read(self, size: int) -> bytes:
+        """Reads some bytes; once that has failed, the file has ended, and `check` says why."""
+        if self._failure:
+            return b""
+        try:
+            return self._file.read(size)
+        except Exception as error:
+            self._failure = error
+            return b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def check(self) -> None:
+        """Raises OutageError when something could not be read."""
+        if self._failure:
+            raise outages.outage(self._path, self._failure) from self._failure
 
 
 def decodable(
@@ -208,11 +276,13 @@ def decodable(
         except StopIteration:  # the last packet was the empty one that empties the decoder
             break
         except av.error.FFmpegError as error:
+            outages.pass_on(error, stream.container.name)
             # The container ends here, but the decoder may still hold frames: None empties it.
             packet, broken = None, _reason(error)
         try:
             frames = stream.codec_context.decode(packet)
-        except av.error.FFmpegError:
+        except av.error.FFmpegError as error:
+            outages.pass_on(error, stream.container.name)
             failed += 1  # a damaged packet spoils only itself
             continue
         for frame in frames:
@@ -248,7 +318,7 @@ def _candidates(
     path: str | os.PathLike, frames_per_second: int, damage: Damage
 ) -> Iterator[Image.Image]:
     """Yields the images that may be kept, in order, upright, at full size."""
-    if _is_folder(path):
+    if outages.is_folder(path):
         yield from _images(epath.Path(path), damage)
     else:
         yield from _sampled(path, frames_per_second, damage)
@@ -258,14 +328,20 @@ def _images(folder: epath.Path, damage: Damage) -> Iterator[Image.Image]:
     """Yields the images of a folder that can be read, in the order of their names."""
     for name in _image_names(folder):
         try:
-            with open_binary(folder / name) as file, Image.open(file) as image:
-                yield ImageOps.exif_transpose(image).convert("RGB")
+            with Image.open(io.BytesIO(read_binary(folder / name))) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             damage(f"{name} is not an image that can be read ({_reason(error)})")
+        else:
+            yield upright
 
 
 def _image_names(folder: epath.Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        with outages.reaching(folder):
+            names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise MediaError(f"a folder that cannot be listed ({_reason(error)})") from error
     names = [name for name in names if name.lower().endswith(_IMAGES) and name[0] != "."]
     if not names:
         raise MediaError(f"a folder without images (*{', *'.join(_IMAGES)})")
@@ -302,7 +378,7 @@ def _decode_at(
 ) -> tuple[dict[int, np.ndarray], int]:
     """The frames at these positions, as `fit` makes them, and how many frames decode in all."""
     frames, decoded = {}, 0
-    if _is_folder(path):
+    if outages.is_folder(path):
         for image in _images(epath.Path(path), lambda reason: None):
             if decoded in positions:
                 frames[decoded] = fit(image, size)
@@ -321,7 +397,7 @@ def _decode_at(
 
 def _declared_frames(path: str | os.PathLike) -> int:
     """How many frames there should be, without decoding any."""
-    if _is_folder(path):
+    if outages.is_folder(path):
         return len(_image_names(epath.Path(path)))
     with open_media(path) as container:
         stream = _video_stream(container)
@@ -334,23 +410,6 @@ def _declared_frames(path: str | os.PathLike) -> int:
         except av.error.FFmpegError:
             pass  # damaged there: decoding will tell what there is
         return packets
-
-
-def _is_folder(path: str | os.PathLike) -> bool:
-    with _reaching(path):
-        return epath.Path(path).is_dir()
-
-
-@contextlib.contextmanager
-def _reaching(path: str | os.PathLike) -> Iterator[None]:
-    """Turns the absence of what a kind of store needs into a UserError."""
-    try:
-        yield
-    except (ImportError, NotImplementedError) as error:
-        raise UserError(
-            f"{path}: expected a path that can be opened, found that its kind of store needs a "
-            f"package that is not installed ({error}). Install gcsfs for gs://, s3fs for s3://."
-        ) from error
 
 
 def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:

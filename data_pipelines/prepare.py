@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import datasets, places, sources
+from data_pipelines import datasets, outages, places, sources
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.sources import Speech
 from data_pipelines.tables import table
@@ -76,6 +76,7 @@ def prepare(
 
     Raises:
         UserError: something is absent or wrong, or the directory was prepared by another recipe.
+        OutageError: the machine, its network or a store fails; the same call goes on from there.
     """
     variant = datasets.check_variant(dataset, variant)
     recipe = recipe or usual_recipe(dataset)
@@ -85,7 +86,7 @@ def prepare(
     directory = version_directory(out, dataset, variant, recipe.version)
     if _is_done(directory, recipe, speech):
         return directory
-    if dataset != "demo" and not epath.Path(root).is_dir():
+    if dataset != "demo" and not outages.is_folder(root):
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
 
     # Here, because worker processes import this module again, and have no use for what writes.
@@ -133,7 +134,9 @@ def usual_recipe(dataset: str, **given: Any) -> Recipe:
 def prepared_by(directory: epath.Path) -> Recipe:
     """Reads the recipe of a prepared directory; UserError when it is not one."""
     try:
-        return Recipe.from_json(json.dumps(metadata(directory)["recipe"]))
+        with outages.reaching(directory):
+            recorded = (directory / "metadata.json").read_text()
+        return Recipe.from_json(json.dumps(json.loads(recorded)["recipe"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: expected a directory that data_pipelines.prepare finished, found no "
@@ -183,6 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return os.EX_TEMPFAIL
+    except Exception as error:
+        if not outages.is_outage(error):
+            raise
+        print(f"interrupted: {outages.outage(options.dataset, error)}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     print(directory)
     print(summary(directory))
     return 0
@@ -194,7 +202,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Turns a data set's raw videos into what training and evaluation read.",
         epilog="Exit codes: 0: done (--verify: nothing stops training). 1: --verify found what "
         "stops training. 2: a mistake in what was given; the message says what to do. 75: "
-        "interrupted; the same command goes on from there.",
+        "interrupted, by a signal or because a disk, memory, the network or a store failed; the "
+        "same command goes on from there.",
     )
     add = parser.add_argument
     add("dataset", help=f"one of: {', '.join(sorted(datasets.DATASETS))}")
@@ -238,8 +247,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
     """Whether a directory is prepared already; UserError when it is, but otherwise than wanted."""
-    if not (directory / "metadata.json").exists() and (
-        places.work_directory(directory) == directory or not directory.exists()
+    if not outages.exists(directory / "metadata.json") and (
+        places.work_directory(directory) == directory or not outages.exists(directory)
     ):
         return False
     prepared_by(directory).check(json.loads(recipe.to_json()), str(directory))
@@ -262,9 +271,9 @@ def _verify(options: argparse.Namespace) -> bool:
     variant = datasets.check_variant(dataset, options.variant)
     root, out = _places(dataset, options.root or options.out, options.out)
     directory = version_directory(out, dataset, variant, Recipe.version)
-    recipe = prepared_by(directory) if (directory / "metadata.json").exists() else None
+    recipe = prepared_by(directory) if outages.exists(directory / "metadata.json") else None
     root = os.path.join(out, "corpus") if dataset == "demo" and not options.root else options.root
-    if root and not epath.Path(root).is_dir():
+    if root and not outages.is_folder(root):
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
     return verify(directory, recipe, dataset, variant, root, out)
 

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from data_pipelines import audio, media, vectors
+from data_pipelines import audio, media, outages, vectors
 from data_pipelines.datasets.clip import Clip
 from data_pipelines.recipe import Recipe
 from data_pipelines.workers import in_order
-from save_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +44,8 @@ def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Iterato
         workers: processes to do it in; 1 = this one. Should a clip crash its process (FFmpeg is
             C code, and files are odd), that clip alone is lost.
     """
-    return in_order(functools.partial(read_record, recipe=recipe), clips, workers, _crashed)
+    read = functools.partial(read_record, recipe=recipe)
+    return in_order(read, clips, workers, _crashed, lambda clip: clip.video)
 
 
 def read_record(clip: Clip, recipe: Recipe) -> Record:
@@ -54,6 +53,7 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
 
     Raises:
         UserError: this installation cannot read what the clip consists of.
+        OutageError: the machine or a store cannot read it now, through no fault of the clip.
     """
     video_problems: list[str] = []
 
@@ -64,9 +64,8 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
         frames = media.decode_frames(clip.video, recipe, damaged)
     except media.MediaError as error:
         return Record(clip, None, (f"left out: {clip.video}: {error}",))
-    except UserError:
-        raise
     except Exception as error:
+        outages.pass_on(error, clip.video)
         # One odd file among ten thousand must not end hours of work; it is named instead.
         _log.exception("clip %s: %s", clip.video_id, clip.video)
         return Record(clip, None, (f"left out: {clip.video}: unexpected {error!r}",))
@@ -91,10 +90,14 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
 
 
 def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
-    """The clip's sound from its own audio file or, failing that, from its video."""
+    """The clip's sound from its own audio file or, failing that, from its video.
+
+    Raises:
+        UserError, OutageError: as `read_record` does.
+    """
     problems = []
     # Where the video is a folder of images, there is no track of its own.
-    own = None if epath.Path(clip.video).is_dir() else clip.video
+    own = None if outages.is_folder(clip.video) else clip.video
     for path in filter(None, (clip.audio, own)):
 
         def damaged(reason: str, path: str = path) -> None:
@@ -104,9 +107,8 @@ def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
             return audio.read_waveform(path, damaged), problems
         except media.MediaError as error:
             problems.append(f"no audio from {path}: {error}")
-        except UserError:
-            raise
         except Exception as error:
+            outages.pass_on(error, path)
             _log.exception("clip %s: %s", clip.video_id, path)
             problems.append(f"no audio from {path}: unexpected {error!r}")
     return None, problems

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import sources, storage
+from data_pipelines import outages, sources, storage
 from data_pipelines.datasets.clip import Clip
 from data_pipelines.places import is_remote
 from data_pipelines.recipe import Recipe
@@ -218,18 +218,23 @@ def _fingerprint(shard: Shard) -> str:
 
 
 def _stamp(path: str | None) -> list[Any]:
-    """Size and time of a file, or time and names of a folder; empty when there is none."""
+    """Size and time of a file, or time and names of a folder; empty when there is none.
+
+    Raises:
+        OutageError: that is not known now.
+    """
     if not path:
         return []
     try:
-        if is_remote(path):
-            stat = epath.Path(path).stat()
-            size, time, is_folder = stat.length, stat.mtime, stat.is_directory
-        else:
-            status = os.stat(path)
-            size, time, is_folder = status.st_size, status.st_mtime_ns, os.path.isdir(path)
-        if is_folder:
-            return [time, sorted(entry.name for entry in epath.Path(path).iterdir())]
+        with outages.reaching(path):
+            if is_remote(path):
+                status = epath.Path(path).stat()
+                size, time, is_folder = status.length, status.mtime, status.is_directory
+            else:
+                status = os.stat(path)
+                size, time, is_folder = status.st_size, status.st_mtime_ns, os.path.isdir(path)
+            if is_folder:
+                return [time, sorted(entry.name for entry in epath.Path(path).iterdir())]
     except OSError:  # reading it will say what the matter is
         return []
     return [size, time]

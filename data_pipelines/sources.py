@@ -9,9 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from etils import epath
-
-from data_pipelines import datasets
+from data_pipelines import datasets, outages
 from data_pipelines.datasets.clip import Clip, Problem
 from data_pipelines.transcripts import read_asr
 from save_jax.errors import UserError
@@ -133,7 +131,7 @@ def _read_speech(
 ) -> tuple[Speech, dict[str, str], Sequence[Problem]]:
     """What is said in each clip that has an entry; and where that was found."""
     if not speech.source:
-        there = epath.Path(asr_file).exists()
+        there = outages.exists(asr_file)
         speech = speech._replace(source="file" if there else "whisper")
     if speech.source == "none":
         announce("transcripts", "none")

@@ -21,6 +21,7 @@ from array_record.python import array_record_module
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer
 
+from data_pipelines import outages
 from data_pipelines.places import is_remote
 from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
@@ -28,7 +29,6 @@ from save_jax.errors import UserError
 _FILE_FORMAT = "array_record"
 # What is being written has this in its name until it is complete.
 _PARTIAL = ".partial-"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SplitSize(NamedTuple):
@@ -192,18 +192,34 @@ def read_json(path: str) -> Any:
         return None
 
 
+def system_error(error: RuntimeError) -> OSError | None:
+    """The system's error that array_record passes on in words alone; None when it is not one."""
+    told = [number for number in errno.errorcode if os.strerror(number) in str(error)]
+    # "No such device" is also the beginning of another.
+    number = max(told, key=lambda number: len(os.strerror(number)), default=None)
+    return None if number is None else OSError(number, str(error))
+
+
 @contextlib.contextmanager
 def writing(directory: str) -> Iterator[None]:
-    """Turns what may go wrong in writing to a directory into UserErrors that say what to do."""
+    """Turns what may go wrong in writing to a directory into errors that say what to do.
+
+    Raises:
+        UserError: it is full, or cannot be written to.
+        OutageError: the machine or the store fails.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in outages.NO_SPACE:
             raise UserError(
                 f"{directory}: expected room for the prepared data, found the disk full. What was "
                 "done is kept there: make room and run the same command again, which goes on from "
                 "there; or give a folder on another disk as --out."
             ) from error
+        outages.pass_on(error, directory)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"--out={directory}: expected a folder to write to, found: {error}."
         ) from error
@@ -215,8 +231,7 @@ def _as_system_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        numbers = [number for number in _NO_SPACE if os.strerror(number) in str(error)]
-        raise OSError((*numbers, errno.EIO)[0], str(error)) from error
+        raise system_error(error) or OSError(errno.EIO, str(error)) from error
 
 
 @functools.cache
@@ -229,10 +244,13 @@ def _partial_file(path: str) -> Iterator[str]:
     """Gives the name of a file on this machine to write, which becomes `path` at the end."""
     # A name of its own for each attempt: Beam may have two workers at one shard.
     name = f"{os.path.basename(path)}{_PARTIAL}{uuid.uuid4().hex}"
-    folder = tempfile.gettempdir() if is_remote(path) else os.path.dirname(path)
+    here = outages.temporary if is_remote(path) else contextlib.nullcontext
+    with here():
+        folder = tempfile.gettempdir() if is_remote(path) else os.path.dirname(path)
     partial = os.path.join(folder, name)
     try:
-        yield partial
+        with here():
+            yield partial
         if is_remote(path):
             epath.Path(partial).copy(path, overwrite=True)
         else:

@@ -9,8 +9,9 @@ from typing import Any
 
 from etils import epath
 
+from data_pipelines import outages
 from data_pipelines.datasets import annotations
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
 
     Raises:
         UserError: it cannot be written.
+        OutageError: it cannot be written now.
     """
     final = epath.Path(path)
     partial = final.parent / f"{final.name}.tmp"
@@ -80,12 +82,14 @@ def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether there is such a file, here or remote."""
-    return epath.Path(path).exists()
+    """Whether there is such a file, here or remote; OutageError where that is not known."""
+    return outages.exists(path)
 
 
-def cannot_write(path: str, error: OSError) -> UserError:
+def cannot_write(path: str, error: OSError) -> UserError | OutageError:
     """The error that a file of transcripts cannot be written, as the user is told."""
+    if outages.is_outage(error) and error.errno not in outages.NO_SPACE:
+        return outages.outage(path, error)
     return UserError(
         f"{path}: expected a place to write transcripts to, found: {error.strerror or error}. Make "
         "room or give another directory; what is transcribed so far is kept."

@@ -1,12 +1,12 @@
 """The teacher's vectors: ImageBind embeddings saved one a file (spec sections 1 and 8)."""
 
+import io
 import os
 import pickle
-from typing import BinaryIO
 
 import numpy as np
 
-from data_pipelines import media
+from data_pipelines import media, outages
 from save_jax.errors import UserError
 
 
@@ -32,15 +32,17 @@ def read_vector(path: str | os.PathLike, size: int) -> np.ndarray:
         VectorError: the file is absent (AbsentError) or unreadable, or holds something else.
         UserError: it is a PyTorch file and PyTorch is not installed, or this installation cannot
             reach that kind of store.
+        OutageError: the machine or the store cannot read it now.
     """
     path = os.fspath(path)
     try:
-        with media.open_binary(path) as file:
-            vector = _read_numpy(file) if path.endswith(".npy") else _read_torch(file, path)
+        # All of it first: what the system says of reading is not what is wrong with its bytes.
+        content = media.read_binary(path)
     except FileNotFoundError:
         raise AbsentError("the file does not exist") from None
     except OSError as error:
         raise VectorError(f"it cannot be read ({_reason(error)})") from error
+    vector = _read_numpy(content) if path.endswith(".npy") else _read_torch(content, path)
     # ImageBind returns [batch, size]: a vector saved with its batch of one is still that vector.
     if vector.shape not in ((size,), (1, size)):
         raise VectorError(f"expected a vector of {size} numbers, found shape {list(vector.shape)}")
@@ -55,17 +57,17 @@ def read_vector(path: str | os.PathLike, size: int) -> np.ndarray:
     return vector
 
 
-def _read_numpy(file: BinaryIO) -> np.ndarray:
+def _read_numpy(content: bytes) -> np.ndarray:
     try:
-        loaded = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise VectorError(f"not a NumPy array ({_reason(error)})") from error
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise _damaged("NumPy array", error) from error
     if not isinstance(loaded, np.ndarray):
         raise VectorError("expected one NumPy array, found an archive of them")
     return loaded
 
 
-def _read_torch(file: BinaryIO, path: str) -> np.ndarray:
+def _read_torch(content: bytes, path: str) -> np.ndarray:
     try:
         import torch
     except ImportError as error:
@@ -75,14 +77,29 @@ def _read_torch(file: BinaryIO, path: str) -> np.ndarray:
         ) from error
     try:
         # weights_only: a pickle may run code, and these files come from elsewhere.
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise VectorError(f"not a PyTorch tensor ({_reason(error)})") from error
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise _damaged("PyTorch tensor", error) from error
     if not isinstance(loaded, torch.Tensor):
         raise VectorError(f"expected one tensor, found a {type(loaded).__name__}")
     if loaded.is_floating_point():
         loaded = loaded.float()  # NumPy has no bfloat16
     return loaded.detach().numpy()
+
+
+def _damaged(kind: str, error: Exception) -> Exception:
+    """What is to be said of a file whose bytes do not make sense."""
+    # Damaged bytes may ask for any amount of memory; but then there is no lack of it.
+    if isinstance(error, MemoryError) and outages.memory_is_short():
+        return error
+    return VectorError(f"not a {kind} ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:

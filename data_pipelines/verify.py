@@ -15,7 +15,7 @@ from array_record.python import array_record_data_source
 from etils import epath
 from PIL import Image
 
-from data_pipelines import affinities, datasets, storage, vectors
+from data_pipelines import affinities, datasets, outages, storage, vectors
 from data_pipelines.datasets.clip import Clip
 from data_pipelines.places import is_remote
 from data_pipelines.recipe import Recipe
@@ -77,6 +77,7 @@ def _check_prepared(
     try:
         info = tfds.builder_from_directory(os.fspath(directory)).info
     except Exception as error:  # a damaged file may bring up anything
+        outages.pass_on(error, directory)
         stops.append(f"{directory}: TFDS cannot read its metadata: {_first_line(error)}")
         return {}
     indices, counts = {}, {}
@@ -118,9 +119,9 @@ def _check_records(
     path: epath.Path, expected: Sequence[dict[str, Any]], recipe: Recipe
 ) -> tuple[int, list[str]]:
     """How many records of a file are as the index says, and what is wrong, in words."""
-    if not path.exists():
+    if not outages.exists(path):
         return 0, ["the file is absent"]
-    with tempfile.TemporaryDirectory() as scratch:
+    with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
         local = os.fspath(path)
         if is_remote(local):  # array_record reads files of this machine only
             local = os.path.join(scratch, path.name)
@@ -128,6 +129,7 @@ def _check_records(
         try:
             records = array_record_data_source.ArrayRecordDataSource([local])
         except (RuntimeError, ValueError, IndexError) as error:
+            outages.pass_on(_told(error), path)
             return 0, [f"it cannot be read: {_first_line(error)}"]
         with records:
             if len(records) != len(expected):
@@ -144,6 +146,7 @@ def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Re
     try:
         record = storage.features(recipe).deserialize_example_np(records[position])
     except Exception as error:  # a damaged file may bring up anything
+        outages.pass_on(_told(error), "the records")
         return f"it cannot be read: {_first_line(error)}"
     video_id = record["video_id"].decode()
     if video_id != entry.get("video_id"):
@@ -178,7 +181,7 @@ def _check_files(
     module = datasets.load_dataset(dataset)
     annotations = module.read_annotations(root, variant)
     asr = module.asr_file(root)
-    spoken = set(read_asr(asr)) if epath.Path(asr).exists() else None
+    spoken = set(read_asr(asr)) if outages.exists(asr) else None
     absent: dict[str, list[str]] = collections.defaultdict(list)
     counts = {}
     clips = sum(map(len, annotations.splits.values()))
@@ -217,14 +220,14 @@ def _check_files(
 
 def _lacking(clip: Clip, computed: str) -> Iterator[str]:
     """What a clip lacks among the data set's files."""
-    if not epath.Path(clip.video).exists():
+    if not outages.exists(clip.video):
         yield "video absent"
     kinds = set()
     for given, folder in zip(
         (clip.teacher_video, clip.teacher_audio), affinities.FOLDERS.values(), strict=True
     ):
         path = given or os.path.join(computed, folder, f"{clip.video_id}.npy")
-        if not epath.Path(path).exists():
+        if not outages.exists(path):
             kinds.add("vector absent")
             continue
         try:
@@ -238,6 +241,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_EXAMPLES]) + (
         f", … ({len(names)} in all)" if len(names) > _EXAMPLES else ""
     )
+
+
+def _told(error: Exception) -> Exception:
+    """The system's error, where array_record has it in its words."""
+    told = storage.system_error(error) if isinstance(error, RuntimeError) else None
+    return told or error
 
 
 def _first_line(error: Exception) -> str:

@@ -299,7 +299,7 @@ def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry,
     name = os.path.basename(os.path.normpath(settings["model"]))
     progress = tqdm(total=len(clips), desc=f"transcribing ({name}, {ear.where})", unit="clip")
     pool = concurrent.futures.ThreadPoolExecutor(ear.at_once)
-    reading = in_order(records.read_waveform, clips, ear.readers, _crashed)
+    reading = in_order(records.read_waveform, clips, ear.readers, _crashed, _sound)
     try:
         with progress, contextlib.closing(reading):
             under_way: set[concurrent.futures.Future[Entry]] = set()

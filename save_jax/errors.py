@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""The exceptions whose messages say all that a user needs, and their exit codes."""
 
 
 class UserError(Exception):
@@ -6,6 +6,14 @@ class UserError(Exception):
 
     The message names what was expected, what was found, where, and what to do. Entry points print
     it on stderr without a traceback and exit with code 2 (design.md, command-line contract).
+    """
+
+
+class OutageError(Exception):
+    """The machine, its network or a store failed, and no data is at fault: the run can be resumed.
+
+    The message names what failed, what the system said, and what to do. Entry points print it on
+    stderr without a traceback and exit with code 75: the same command goes on from there.
     """
 
 

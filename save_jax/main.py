@@ -32,7 +32,7 @@ from save_jax import (
 )
 from save_jax import config as configuration
 from save_jax.batch import Batch
-from save_jax.errors import NonFiniteLossError, UserError
+from save_jax.errors import NonFiniteLossError, OutageError, UserError
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
 from save_jax.parameters import Parameters
@@ -558,7 +558,8 @@ def main(argv: list[str]) -> int:
     """Parses the command line, joins the other processes if any, and runs; returns the exit code.
 
     0: complete. 1: training broke down. 2: a mistake in what the user gave us. 75: interrupted by
-    a signal, with a checkpoint; the same command goes on.
+    a signal, with a checkpoint, or by an outage of what data are read from; the same command goes
+    on.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     try:
@@ -573,6 +574,9 @@ def main(argv: list[str]) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OutageError as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     return 0 if complete else os.EX_TEMPFAIL
 
 

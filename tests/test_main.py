@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from save_jax import main
-from save_jax.errors import UserError
+from save_jax.cache import __main__ as cache
+from save_jax.errors import OutageError, UserError
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -58,6 +59,16 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("run", [main.main, cache.command])
+def test_an_outage_is_one_message_and_exit_code_75(monkeypatch, capsys, run):
+    def fail(argv):
+        raise OutageError("gs://bucket/a: it does not answer")
+
+    monkeypatch.setattr(main, "parse_config", fail)
+    assert run(["command"]) == 75
+    assert capsys.readouterr().err == "interrupted: gs://bucket/a: it does not answer\n"
 
 
 def test_the_workdir_is_required():

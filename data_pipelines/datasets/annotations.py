@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from data_pipelines import outages
 from data_pipelines.datasets.clip import Problem
 from save_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def require(root: str, files: Sequence[str], owner: str) -> None:
         owner: whose files they are, for the message, such as "MSR-VTT's".
     """
     paths = [os.path.join(root, file) for file in files]
-    absent = [path for path in paths if not epath.Path(path).exists()]
+    absent = [path for path in paths if not outages.exists(path)]
     if absent:
         raise UserError(
             f"{root}: expected {owner} annotation files there, did not find\n"
@@ -150,9 +151,15 @@ def read_json(path: str, expected: str) -> Any:
 
 
 def read_text(path: str) -> str:
-    """Reads a text in UTF-8, without its byte-order mark; UserError when it cannot be read."""
+    """Reads a text in UTF-8, without its byte-order mark.
+
+    Raises:
+        UserError: it is absent, or is no such text.
+        OutageError: it cannot be read now.
+    """
     try:
-        data = epath.Path(path).read_bytes()
+        with outages.reaching(path):
+            data = epath.Path(path).read_bytes()
     except OSError as error:
         raise UserError(
             f"{path}: expected an annotation file, found: {error}. Put it there, or give another "

@@ -9,8 +9,7 @@ import os
 import re
 import unicodedata
 
-from etils import epath
-
+from data_pipelines import outages
 from data_pipelines.datasets import annotations, layout
 from data_pipelines.datasets.clip import Annotations, Problem
 from save_jax.errors import UserError
@@ -77,7 +76,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
 def _read_captions(path: str, ids: list[str], problems: list[Problem]) -> _Captions:
     """The captions of clips that are there, by split; those of others go to `problems`."""
     captions: _Captions = {}
-    if not epath.Path(path).exists():
+    if not outages.exists(path):
         return captions
     # The same letters can be spelt in several ways, and file systems differ in theirs.
     normal = {unicodedata.normalize("NFC", video_id): video_id for video_id in reversed(ids)}

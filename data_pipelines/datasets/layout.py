@@ -16,8 +16,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from etils import epath
-
+from data_pipelines import outages
 from data_pipelines.datasets import annotations
 from data_pipelines.datasets.clip import Annotations, Clip, Problem
 from save_jax.errors import UserError
@@ -195,7 +194,7 @@ def _read_groups(
 ) -> dict[tuple[str, str], str]:
     """The group of each caption of a clip that the query-group file, if there is one, lists."""
     path = os.path.join(root, GROUPS)
-    if not epath.Path(path).exists():
+    if not outages.exists(path):
         return {}
     listed = {
         (video_id, caption.strip())
@@ -215,11 +214,12 @@ def _read_groups(
 
 def _folders(parent: str) -> dict[str, str]:
     """The folders in a folder that are not empty, by name; none when there is no such folder."""
-    _, names, _ = next(epath.Path(parent).walk(), (parent, [], []))
+    _, names, _ = next(outages.walk(parent), (parent, [], []))
     paths = {n: os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")}
     if "://" in parent:  # where there are no empty folders
         return paths
-    return {name: path for name, path in paths.items() if os.listdir(path)}
+    with outages.reaching(parent):
+        return {name: path for name, path in paths.items() if os.listdir(path)}
 
 
 def _walk(folder: str, problems: list[Problem]) -> Iterator[str]:
@@ -227,6 +227,9 @@ def _walk(folder: str, problems: list[Problem]) -> Iterator[str]:
 
     A link that leads back to a folder it lies in is not followed. What cannot be listed, read as a
     file, or named in UTF-8, as a record must be, goes to `problems`.
+
+    Raises:
+        OutageError: a folder cannot be listed now.
     """
     walk = _walk_remote(folder) if "://" in folder else _walk_local(folder, "", (), problems)
     for path in walk:
@@ -244,7 +247,8 @@ def _walk_local(
 ) -> Iterator[str]:
     above = (*above, os.path.realpath(folder))
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        with outages.reaching(folder):
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -255,7 +259,7 @@ def _walk_local(
         if entry.name.startswith("."):
             continue
         # A link may lead nowhere or to itself: that is found when the file is to be read.
-        if os.path.isdir(entry.path) if link else entry.is_dir():
+        if outages.is_folder(entry.path) if link else entry.is_dir():
             if not (link and _leads_back(entry.path, above)):
                 yield from _walk_local(entry.path, f"{prefix}{entry.name}/", above, problems)
         elif link or entry.is_file():
@@ -272,7 +276,7 @@ def _leads_back(link: str, above: tuple[str, ...]) -> bool:
 
 def _walk_remote(folder: str) -> Iterator[str]:
     start = len(folder.rstrip("/")) + 1
-    for parent, _, names in epath.Path(folder).walk():
+    for parent, _, names in outages.walk(folder):
         for name in names:
             path = os.path.join(os.fspath(parent), name)[start:]
             if not any(part.startswith(".") for part in path.split("/")):

@@ -20,7 +20,7 @@ from etils import epath
 from save_jax import cache, files, main, optimizer, processes, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 from save_jax.progress import say
 
 OUT = flags.DEFINE_string("out", None, "Where the cache goes; it may be there in part.")
@@ -151,6 +151,9 @@ def command(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OutageError as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("stopped: the same command goes on from there", file=sys.stderr)
         return os.EX_TEMPFAIL

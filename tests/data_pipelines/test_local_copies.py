@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 from data_pipelines import input as pipeline
 from data_pipelines.local_copies import local_copies
 from data_pipelines.text import Tokenizer
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 from tests import object_store
 from tests.data_pipelines.conftest import SMALL
 
@@ -61,6 +62,21 @@ def test_what_breaks_off_is_copied_again(bucket, monkeypatch, tmp_path):
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space")))
         with pytest.raises(UserError, match=r"No space.*SAVE_JAX_CACHE"):
+            local_copies([path])
+    assert [name.name for name in (tmp_path / "copies").iterdir()] == ["lock"]
+    assert _content(*local_copies([path])) == b"content"
+
+
+def test_a_store_that_breaks_off_can_be_asked_again(bucket, monkeypatch, tmp_path):
+    path = _pipe(bucket, "gs://copied/a", b"content")
+
+    class Breaking(io.BytesIO):
+        def read(self, size=-1):
+            raise Exception("Service Unavailable, 503")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(object_store.ObjectStore, "_open", lambda *_, **__: Breaking())
+        with pytest.raises(OutageError, match=r"gs://copied/a: .*503.*same command again"):
             local_copies([path])
     assert [name.name for name in (tmp_path / "copies").iterdir()] == ["lock"]
     assert _content(*local_copies([path])) == b"content"
