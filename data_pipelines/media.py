@@ -1,6 +1,7 @@
 """Video files in, small square frames out (spec section 1, row "frames")."""
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
@@ -12,7 +13,7 @@ import av.stream
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines import outages
 from data_pipelines.places import is_remote
@@ -30,6 +31,20 @@ _CUT_SECONDS = 1.0
 
 # What a folder of frames may hold beside them is left alone.
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+# And what is read of these, whatever they are called. Pillow knows formats that are programs, such
+# as PostScript, and has them run.
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+# FFmpeg's names of what holds picture and sound itself. Others, whatever the file is called, only
+# name files and addresses that it would then read: lists to concatenate, playlists, sessions.
+_CONTAINERS = (
+    "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,nut,mxf,dv,rm,ivf,gif,"
+    "mpegvideo,m4v,h264,hevc,av1,obu,"  # a video track alone
+    "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ape,wv"
+)
+# Nor may these have FFmpeg open anything: no protocol is called so.
+_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
 
 # Told, in words, what is wrong with a file that can be read in part.
 Damage = Callable[[str], None]
@@ -187,10 +202,16 @@ def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]
         if source.size == 0:
             raise MediaError("the file is empty (0 bytes)")
         try:
-            container = opened.enter_context(av.open(source))
+            container = opened.enter_context(av.open(source, options=dict(_OPTIONS)))
         except (av.error.FFmpegError, ValueError) as error:
             source.check()
             outages.pass_on(error, path)
+            if getattr(error, "errno", None) == errno.EINVAL:  # its word for what is not among them
+                raise MediaError(
+                    "FFmpeg takes it for none of the containers of video or sound that are read "
+                    "here (MP4, Matroska, AVI, WAV, …); a text that names other files, such as a "
+                    "playlist, is not opened"
+                ) from error
             raise MediaError(f"not a media file that FFmpeg can read ({_reason(error)})") from error
         try:
             yield container
@@ -328,8 +349,11 @@ def _images(folder: epath.Path, damage: Damage) -> Iterator[Image.Image]:
     """Yields the images of a folder that can be read, in the order of their names."""
     for name in _image_names(folder):
         try:
-            with Image.open(io.BytesIO(read_binary(folder / name))) as image:
+            content = io.BytesIO(read_binary(folder / name))
+            with Image.open(content, formats=_IMAGE_FORMATS) as image:
                 upright = ImageOps.exif_transpose(image).convert("RGB")
+        except UnidentifiedImageError:
+            damage(f"{name} is not an image that can be read (no {', '.join(_IMAGE_FORMATS)})")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             damage(f"{name} is not an image that can be read ({_reason(error)})")
         else:

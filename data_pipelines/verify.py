@@ -159,7 +159,7 @@ def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Re
         if recipe.encoding == "raw":
             shape = np.frombuffer(frames[0], np.uint8).reshape(size, size, 3).shape
         else:
-            with Image.open(io.BytesIO(frames[0])) as image:
+            with Image.open(io.BytesIO(frames[0]), formats=("JPEG",)) as image:
                 shape = np.asarray(image).shape
     except (OSError, ValueError) as error:
         return f"its first frame cannot be decoded: {_first_line(error)}"
