@@ -19,13 +19,13 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from etils import epath
 
-from data_pipelines.local_copies import local_copies
-from data_pipelines.places import is_remote
 from data_pipelines.prepare import prepared_by
+from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.text import Tokenizer
+from data_pipelines.storage.local_copies import local_copies
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.tokenizer import Tokenizer
 
 # TensorFlow only reads and decodes here; on first use it would reserve the whole GPU. Where it was
 # used before, that is decided already.
@@ -416,7 +416,7 @@ def _read(
 def _parse(
     serialized: tf.Tensor, *, recipe: Recipe, frames: bool, sound: bool, teacher: bool
 ) -> dict[str, tf.Tensor]:
-    """Decodes those features of a record (storage.py) that are wanted."""
+    """Decodes those features of a record (storage/tfds_format.py) that are wanted."""
     wanted = {}
     if frames:
         wanted["frames"] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)

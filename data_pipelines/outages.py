@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from data_pipelines.places import is_remote
+from data_pipelines.prepared import is_remote
 from save_jax.errors import OutageError, UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

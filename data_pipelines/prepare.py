@@ -23,9 +23,9 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import datasets, outages, places, sources
+from data_pipelines import datasets, outages, prepared, sidecars
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.sources import Speech
+from data_pipelines.sidecars import Speech
 from data_pipelines.tables import table
 from save_jax.errors import UserError
 
@@ -90,19 +90,19 @@ def prepare(
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
 
     # Here, because worker processes import this module again, and have no use for what writes.
-    from data_pipelines import lock, storage
-    from data_pipelines.build import build
+    from data_pipelines.storage import lock, tfds_format
+    from data_pipelines.storage.build import build
 
     processors = os.cpu_count() or 1
     with lock.hold(directory, wait=wait):
         if _is_done(directory, recipe, speech):  # by the process that was waited for
             return directory
         if dataset == "demo":
-            sources.announce("corpus", f"the demo's clips in {root}")
-            with storage.writing(root):
+            sidecars.announce("corpus", f"the demo's clips in {root}")
+            with tfds_format.writing(root):
                 _make_demo_corpus(root, workers or processors)
-        with storage.writing(out):
-            found = sources.read(
+        with tfds_format.writing(out):
+            found = sidecars.read(
                 dataset,
                 variant,
                 root=root,
@@ -248,7 +248,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
     """Whether a directory is prepared already; UserError when it is, but otherwise than wanted."""
     if not outages.exists(directory / "metadata.json") and (
-        places.work_directory(directory) == directory or not outages.exists(directory)
+        prepared.work_directory(directory) == directory or not outages.exists(directory)
     ):
         return False
     prepared_by(directory).check(json.loads(recipe.to_json()), str(directory))
@@ -258,7 +258,7 @@ def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
             f"{directory} was prepared with other transcripts than are wanted now: wanted "
             f"{str(speech)!r}, found {found!r}. Prepare into another --out."
         )
-    places.clean_up(directory)  # which whoever completed it may have had no time to do
+    prepared.clean_up(directory)  # which whoever completed it may have had no time to do
     print(f"Already prepared, nothing to do: {directory}")
     return True
 

@@ -15,12 +15,14 @@ from array_record.python import array_record_data_source
 from etils import epath
 from PIL import Image
 
-from data_pipelines import affinities, datasets, outages, storage, vectors
-from data_pipelines.datasets.clip import Clip
-from data_pipelines.places import is_remote
+from data_pipelines import datasets, outages
+from data_pipelines.datasets.types import Clip
+from data_pipelines.modalities import teacher, teacher_files
+from data_pipelines.modalities.transcripts import read_asr
+from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe
+from data_pipelines.storage import tfds_format
 from data_pipelines.tables import table
-from data_pipelines.transcripts import read_asr
 from save_jax.errors import UserError
 
 _EXAMPLES = 3  # names given of each kind of thing that is absent
@@ -84,7 +86,7 @@ def _check_prepared(
     total = info.splits.total_num_examples
     with tqdm.tqdm(total=total, desc="checking records", unit="clip") as progress:
         for split, its in info.splits.items():
-            index = storage.read_json(os.fspath(directory / f"index-{split}.json"))
+            index = tfds_format.read_json(os.fspath(directory / f"index-{split}.json"))
             if index is None:
                 stops.append(f"index-{split}.json is absent or damaged")
                 continue
@@ -144,7 +146,7 @@ def _check_records(
 
 def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Recipe) -> str | None:
     try:
-        record = storage.features(recipe).deserialize_example_np(records[position])
+        record = tfds_format.features(recipe).deserialize_example_np(records[position])
     except Exception as error:  # a damaged file may bring up anything
         outages.pass_on(_told(error), "the records")
         return f"it cannot be read: {_first_line(error)}"
@@ -224,15 +226,15 @@ def _lacking(clip: Clip, computed: str) -> Iterator[str]:
         yield "video absent"
     kinds = set()
     for given, folder in zip(
-        (clip.teacher_video, clip.teacher_audio), affinities.FOLDERS.values(), strict=True
+        (clip.teacher_video, clip.teacher_audio), teacher.FOLDERS.values(), strict=True
     ):
         path = given or os.path.join(computed, folder, f"{clip.video_id}.npy")
         if not outages.exists(path):
             kinds.add("vector absent")
             continue
         try:
-            vectors.read_vector(path, Recipe.teacher_size)
-        except vectors.VectorError:
+            teacher_files.read_vector(path, Recipe.teacher_size)
+        except teacher_files.VectorError:
             kinds.add("vector bad")
     yield from sorted(kinds)
 
@@ -245,7 +247,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _told(error: Exception) -> Exception:
     """The system's error, where array_record has it in its words."""
-    told = storage.system_error(error) if isinstance(error, RuntimeError) else None
+    told = tfds_format.system_error(error) if isinstance(error, RuntimeError) else None
     return told or error
 
 

@@ -8,7 +8,7 @@ import argparse
 import pathlib
 import sys
 
-from launch.runs import incomparable, last_evaluation
+from launch.report.runs import incomparable, last_evaluation
 from save_jax.errors import UserError
 
 

@@ -22,11 +22,11 @@ import configs
 from save_jax import (
     cache,
     checkpoint,
+    distributed,
     evaluate,
     files,
     metrics,
     optimizer,
-    processes,
     sharding,
     train,
 )
@@ -90,7 +90,7 @@ class Data:
     def __init__(self, config: dict[str, Any]):
         try:
             from data_pipelines import input as pipeline
-            from data_pipelines.text import Tokenizer
+            from save_jax.tokenizer import Tokenizer
         except ImportError as error:
             raise UserError(
                 f"reading data needs the package {error.name!r}: pip install 'save_jax[data]'"
@@ -298,10 +298,10 @@ def _as_trained(
     Raises:
         UserError: an explicit key contradicts the run, or the workdir is another run's.
     """
-    from save_jax.weights import sources
+    from save_jax.weights.files import recognise
 
     source = config["init_from"] or str(checkpoint.find(workdir))
-    found = sources.recorded_config(source)
+    found = recognise.recorded_config(source)
     if checkpoint.is_ours(source) and (workdir / configuration.RECORDED).exists():
         home = checkpoint.workdir_of(source)
         if os.path.realpath(home) != os.path.realpath(workdir):
@@ -353,7 +353,7 @@ def run(config: dict[str, Any], workdir: files.Path, explicit: Collection[str] =
     for key in ("batch_size", "eval_batch_size", "micro_batch"):
         if key != "micro_batch" or config[key]:
             sharding.check_batch_size(key, config[key], mesh)
-    with processes.hold(workdir):
+    with distributed.hold(workdir):
         return _train_or_evaluate(config, workdir, model, loss, mesh)
 
 
@@ -459,14 +459,14 @@ def load_weights(
         UserError: the source does not fit the model or, with `complete`, lacks some of it.
     """
     from save_jax import weights
-    from save_jax.weights import sources
+    from save_jax.weights.files import recognise
 
     source = config["init_from"]
     current = {**state.trained, **state.frozen}
     loaded = weights.load(source, model, current, trust_archive=TRUST_ARCHIVE.value)
     say("\n".join(loaded.notes))
     for part, origin in weights.parse(source):
-        where, recorded = sources.recorded_config(origin) or ("", None)
+        where, recorded = recognise.recorded_config(origin) or ("", None)
         if recorded is None:
             continue
         trained = configuration.deciding(recorded, where)
@@ -564,8 +564,10 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     try:
         config, workdir = _parse(argv)
-        processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
-        with processes.lost_peers_end_this_one():
+        distributed.join(
+            COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value
+        )
+        with distributed.lost_peers_end_this_one():
             explicit = config_flags.get_override_values(flags.FLAGS[CONFIG.name])
             complete = run(config, workdir, explicit)
     except UserError as error:

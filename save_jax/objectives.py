@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from save_jax import sharding
-from save_jax.blocks import fewest, map_blocks
+from save_jax.microbatch import fewest, map_blocks
 from save_jax.models.save import VideoEmbedding
 from save_jax.similarity import MASKED, PRECISION, global_vector, normalise, similarity
 

@@ -13,10 +13,10 @@ import optax
 from flax import nnx
 
 from save_jax import (
-    blocks,
     evaluate,
     files,
     metrics,
+    microbatch,
     objectives,
     optimizer,
     parameters,
@@ -104,7 +104,7 @@ def make_train_step(
         mesh: devices.
         micro_batch: clips, over all devices, that are encoded at a time; 0 = all of the batch. The
             losses are of the whole batch either way, and so is the gradient; less memory is paid
-            for with a second forward pass of what trains (gradient caching, `save_jax.blocks`).
+            for with a second forward pass of what trains (gradient caching, `save_jax.microbatch`).
     """
     tx = optimizer.make_optimizer(optimizer_config)
 
@@ -122,7 +122,7 @@ def make_train_step(
         inputs = batch._replace(teacher_video=None, teacher_audio=None)
         if count > 1:
             inputs = _encode_frozen(model, trained, inputs, count)
-        text, video = blocks.join(blocks.map_blocks(model, inputs, count))
+        text, video = microbatch.join(microbatch.map_blocks(model, inputs, count))
         usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
         losses = objectives.losses(
             *(text, video, batch.teacher_video, batch.teacher_audio, usable),
@@ -167,8 +167,10 @@ def _encode_frozen(
         and getattr(batch, feature.source) is not None
         and not save.makers(feature.tower, trained)
     }
-    made = blocks.map_blocks(lambda block: model.features(block, sources), batch, count)
-    return batch._replace(**dict.fromkeys(sources.values()), **sharding.by_rows(blocks.join(made)))
+    made = microbatch.map_blocks(lambda block: model.features(block, sources), batch, count)
+    return batch._replace(
+        **dict.fromkeys(sources.values()), **sharding.by_rows(microbatch.join(made))
+    )
 
 
 def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:

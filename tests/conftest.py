@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 install_import_hook("save_jax", "beartype.beartype")
 
 # With several test processes, the longest tests start first: nobody waits for the last of them.
-LONGEST = ("test_readme.py", "test_full_size.py", "test_processes.py", "test_cache.py")
+LONGEST = ("test_readme.py", "test_full_size.py", "test_distributed.py", "test_cache.py")
 
 
 def pytest_collection_modifyitems(items):

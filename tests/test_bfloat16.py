@@ -6,7 +6,7 @@ import numpy as np
 
 from save_jax import parameters as params
 from save_jax.similarity import similarity
-from tests import small
+from tests.support import small
 
 CLIPS, QUERIES, FRAMES, WIDTH = 500, 1000, 12, 512
 SCALE = jnp.float32(100)  # where training ends

@@ -17,7 +17,7 @@ from save_jax import cache, main, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.errors import UserError
-from tests import caching, miniatures
+from tests.support import caching, miniatures
 
 TRAINING = {
     "frame_embeddings",
@@ -231,7 +231,7 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
 def test_interleaved_devices_write_the_same(data, cached, tmp_path):
     """On a pod, the rows of a global array are not in the order of the processes."""
     arguments = [*overrides(data), "--dtype=float32", f"--out={tmp_path}"]
-    job = together("tests.interleaved", "save_jax.cache", *arguments)
+    job = together("tests.support.interleaved", "save_jax.cache", *arguments)
     assert [code for code, _ in job] == [0, 0], job
     for split in ("train", "test"):
         one, other = arrays(cached / split), arrays(tmp_path / split)
@@ -241,7 +241,9 @@ def test_interleaved_devices_write_the_same(data, cached, tmp_path):
 
 def test_interleaved_devices_evaluate_the_same(data, tmp_path):
     workdir = tmp_path / "run"
-    job = together("tests.interleaved", "save_jax.main", *overrides(data), f"--workdir={workdir}")
+    job = together(
+        "tests.support.interleaved", "save_jax.main", *overrides(data), f"--workdir={workdir}"
+    )
     assert [code for code, _ in job] == [0, 0], job
     # The same checkpoint, evaluated by one process.
     again = caching.config(data, mode="evaluate", init_from=str(workdir))
@@ -379,15 +381,15 @@ def test_frozen_parts_are_those_of_the_branches_and_rates():
 
 def test_a_killed_writer_goes_on_and_the_result_is_the_same(data, cached, tmp_path):
     out = tmp_path / "cache"
-    code, said = alone("tests.caching", str(data), str(out), "2")
+    code, said = alone("tests.support.caching", str(data), str(out), "2")
     assert code == -signal.SIGKILL, said
     meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
     assert {entry["done"] for entry in meta.values()} == {0, 2}
-    code, said = alone("tests.caching", str(data), str(out), "10")  # then in the captions
+    code, said = alone("tests.support.caching", str(data), str(out), "10")  # then in the captions
     assert code == -signal.SIGKILL, said
     meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
     assert meta["ast_states"]["done"] == 5 and 0 < meta["caption_embeddings"]["done"] < 100
-    code, said = alone("tests.caching", str(data), str(out), "-1")
+    code, said = alone("tests.support.caching", str(data), str(out), "-1")
     assert code == 0, said
     for split in ("train", "test"):
         expected, found = arrays(cached / split), arrays(out / split)

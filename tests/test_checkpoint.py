@@ -9,8 +9,8 @@ import pytest
 
 from save_jax import checkpoint, train
 from save_jax.errors import UserError
-from tests import synthetic
-from tests.training import RATES, mesh_of, program
+from tests.support import synthetic
+from tests.support.training import RATES, mesh_of, program
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from save_jax import evaluate, metrics
 from save_jax.similarity import similarity
-from tests import synthetic
-from tests.training import BATCH, RATES, program
+from tests.support import synthetic
+from tests.support.training import BATCH, RATES, program
 
 
 @pytest.fixture(scope="module")

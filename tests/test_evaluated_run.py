@@ -17,8 +17,8 @@ from save_jax import config as configuration
 from save_jax import main, train
 from save_jax.errors import UserError
 from save_jax.weights import __main__ as weights
-from save_jax.weights import sources
-from tests import caching, miniatures, object_store
+from save_jax.weights.files import recognise
+from tests.support import caching, miniatures, object_store
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEP = 2  # the run's last
@@ -353,7 +353,7 @@ def test_the_run_that_a_checkpoint_belongs_to(root, named, tmp_path, monkeypatch
         monkeypatch.setattr(object_store.ObjectStore, "glob", without_protocol)
         store.pipe("gs://bucket/run/checkpoints/20/default/d", b"")
         store.pipe("gs://bucket/run/config.json", b'{"seed": 1}')
-    found = sources.recorded_config(f"{root}/{named}")
+    found = recognise.recorded_config(f"{root}/{named}")
     assert found == (f"{root}/run/config.json", {"seed": 1})
 
 
@@ -361,6 +361,6 @@ def test_a_checkpoint_that_was_moved_out_of_its_run_has_no_config(tmp_path):
     (tmp_path / "best/20/default").mkdir(parents=True)
     expected = (f"{tmp_path}/best/config.json", None)
     for named in ("best", "best/20"):
-        assert sources.recorded_config(str(tmp_path / named)) == expected
+        assert recognise.recorded_config(str(tmp_path / named)) == expected
     shutil.rmtree(tmp_path / "best")
-    assert sources.recorded_config(str(tmp_path / "best")) is None
+    assert recognise.recorded_config(str(tmp_path / "best")) is None

@@ -10,7 +10,7 @@ import pytest
 
 from save_jax import files
 from save_jax.errors import UserError
-from tests import object_store
+from tests.support import object_store
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_process_whose_lease_was_taken_over_ends(tmp_path):
     program = f"""
 import time
 from save_jax import files
-from tests import object_store
+from tests.support import object_store
 object_store.register()
 files._RENEWED, files._SETTLED = 0.1, 0.1
 where = files.path("gs://bucket/run")

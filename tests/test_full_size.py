@@ -17,9 +17,9 @@ from save_jax import optimizer
 from save_jax import parameters as params
 from save_jax.objectives import LossConfig, losses
 from save_jax.similarity import similarity
-from save_jax.weights import save as table
-from save_jax.weights.tables import from_torch
-from tests import reference, small
+from save_jax.weights.names import save as table
+from save_jax.weights.table import from_torch
+from tests.support import reference, small
 from tests.test_optimizer import (
     CONFIG,
     TOTAL,

@@ -14,8 +14,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import msrvtt
-from launch import compile as compile_
-from launch import points
+from launch.compile import program as compile_
+from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import sharding
 from save_jax.errors import UserError

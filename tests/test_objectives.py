@@ -19,7 +19,7 @@ from save_jax.objectives import (
     losses,
     soft_albef_loss,
 )
-from tests import reference
+from tests.support import reference
 
 NAMES = ("text", "fused", "visual", "audio")  # what has a gradient, and then the scale
 

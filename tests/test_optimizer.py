@@ -16,9 +16,9 @@ from save_jax import parameters as params
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig, losses
 from save_jax.optimizer import OptimizerConfig
-from save_jax.weights import save as table
-from save_jax.weights.tables import to_torch
-from tests import reference, small
+from save_jax.weights.names import save as table
+from save_jax.weights.table import to_torch
+from tests.support import reference, small
 
 TOTAL = 20  # so that five steps see the warm-up, its end and the cosine
 CONFIG = OptimizerConfig(total_steps=TOTAL)

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from tests import miniatures
+from tests.support import miniatures
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = {

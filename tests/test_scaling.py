@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from launch import roofline
+from launch.compile import roofline
 from save_jax import sharding, train
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
-from tests import synthetic
-from tests.training import FIVE
+from tests.support import synthetic
+from tests.support.training import FIVE
 
 STEPS = 3
 FROZEN_CLIP = dataclasses.replace(FIVE, clip=0.0, clip_stem=0.0)

@@ -6,7 +6,7 @@ import pytest
 
 from save_jax import sharding
 from save_jax.errors import UserError
-from tests import synthetic
+from tests.support import synthetic
 
 
 def test_minus_one_takes_the_remaining_devices():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from save_jax import similarity
-from tests import reference
+from tests.support import reference
 
 
 def data(captions=5, videos=4, frames=6, dim=16, seed=0):

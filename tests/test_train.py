@@ -15,8 +15,8 @@ from save_jax import optimizer
 from save_jax.checkpoint import Checkpoints, load_parameters
 from save_jax.errors import NonFiniteLossError
 from save_jax.optimizer import OptimizerConfig
-from tests import synthetic
-from tests.training import FIVE, RATES, program, run
+from tests.support import synthetic
+from tests.support.training import FIVE, RATES, program, run
 
 
 def lines(workdir) -> list[dict]:
@@ -100,7 +100,7 @@ def process(workdir, moment: str) -> int:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
-        [sys.executable, "-m", "tests.training", str(workdir), moment],
+        [sys.executable, "-m", "tests.support.training", str(workdir), moment],
         check=False,
         capture_output=True,
         env=os.environ | cache,

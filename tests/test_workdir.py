@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests import caching, miniatures
+from tests.support import caching, miniatures
 
 WITHIN = 300  # seconds for a job on a busy machine
 

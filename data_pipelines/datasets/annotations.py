@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from data_pipelines import outages
-from data_pipelines.datasets.clip import Problem
+from data_pipelines.datasets.types import Problem
 from save_jax.errors import UserError
 
 Row = tuple[int, dict[str, str]]  # the line it begins in, from 1, and its cells by column

@@ -3,7 +3,7 @@
 import os
 
 from data_pipelines.datasets import annotations, layout
-from data_pipelines.datasets.clip import Annotations, Problem
+from data_pipelines.datasets.types import Annotations, Problem
 
 VARIANTS = ("default",)
 # Half-minute clips: the reference first extracts 2 frames a second as images, and keeps up to 32.

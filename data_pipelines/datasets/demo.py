@@ -3,7 +3,7 @@
 import os
 
 from data_pipelines.datasets import annotations
-from data_pipelines.datasets.clip import Annotations, Clip, Problem
+from data_pipelines.datasets.types import Annotations, Clip, Problem
 from data_pipelines.demo_corpus import corpus
 from save_jax.errors import UserError
 

@@ -11,7 +11,7 @@ import unicodedata
 
 from data_pipelines import outages
 from data_pipelines.datasets import annotations, layout
-from data_pipelines.datasets.clip import Annotations, Problem
+from data_pipelines.datasets.types import Annotations, Problem
 from save_jax.errors import UserError
 
 VARIANTS = ("default",)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from data_pipelines import outages
 from data_pipelines.datasets import annotations
-from data_pipelines.datasets.clip import Annotations, Clip, Problem
+from data_pipelines.datasets.types import Annotations, Clip, Problem
 from save_jax.errors import UserError
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")

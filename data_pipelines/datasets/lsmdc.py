@@ -7,7 +7,7 @@ our choice.
 import os
 
 from data_pipelines.datasets import annotations, layout
-from data_pipelines.datasets.clip import Annotations, Problem
+from data_pipelines.datasets.types import Annotations, Problem
 
 VARIANTS = ("default",)
 RECIPE: dict[str, int] = {}

@@ -3,7 +3,7 @@
 import os
 
 from data_pipelines.datasets import annotations, layout
-from data_pipelines.datasets.clip import Annotations, Problem
+from data_pipelines.datasets.types import Annotations, Problem
 from save_jax.errors import UserError
 
 # 9k: 9,000 training clips, tested on the 1,000 of JSFusion. 7k: the official split. 7k-1ka: 7,010

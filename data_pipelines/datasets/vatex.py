@@ -3,7 +3,7 @@
 import os
 
 from data_pipelines.datasets import annotations, layout
-from data_pipelines.datasets.clip import Annotations, Problem
+from data_pipelines.datasets.types import Annotations, Problem
 from save_jax.errors import UserError
 
 VARIANTS = ("default",)

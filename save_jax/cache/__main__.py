@@ -17,7 +17,7 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from save_jax import cache, files, main, optimizer, processes, sharding, train
+from save_jax import cache, distributed, files, main, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
 from save_jax.errors import OutageError, UserError
@@ -120,7 +120,7 @@ def _alone(out: str) -> contextlib.AbstractContextManager:
     """Keeps other commands from writing the same cache meanwhile."""
     if jax.process_index():
         return contextlib.nullcontext()
-    from data_pipelines import lock
+    from data_pipelines.storage import lock
 
     return lock.hold(epath.Path(out), wait=False)
 
@@ -139,14 +139,14 @@ def command(argv: list[str]) -> int:
             )
         if INIT_FROM.value is not None:
             config["init_from"] = INIT_FROM.value
-        processes.join(
+        distributed.join(
             main.COORDINATOR.value,
             main.NUM_PROCESSES.value,
             main.PROCESS_ID.value,
             main.DISTRIBUTED.value,
         )
         out = str(pathlib.Path(OUT.value).absolute())
-        with processes.lost_peers_end_this_one(), _alone(out):
+        with distributed.lost_peers_end_this_one(), _alone(out):
             run(config, out, parts=PARTS.value, splits=SPLITS.value, dtype=DTYPE.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Weights of other implementations: their names and ours, and the two ways between them.
 
-The tables (`clip`, `ast`, `save`) are the only place that knows PyTorch's names; `load` reads what
+The tables in `names` are the only place that knows PyTorch's names; `load` reads what
 users have, `python -m save_jax.weights` imports and exports. PyTorch is imported only to read or
 write its own pickles.
 """

@@ -25,7 +25,7 @@ from save_jax.errors import UserError
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
 from save_jax.weights import export, loading
-from save_jax.weights.sources import FACTS, OURS, open_source, recorded_config
+from save_jax.weights.files.recognise import FACTS, OURS, open_source, recorded_config
 
 
 class _Parser(argparse.ArgumentParser):

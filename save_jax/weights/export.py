@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from save_jax.weights import pytorch_file, safetensors_file, save, tables
-from save_jax.weights.sources import CONFIG
+from save_jax.weights import table
+from save_jax.weights.files import pytorch, safetensors
+from save_jax.weights.files.recognise import CONFIG
+from save_jax.weights.names import save
 
 FORMATS = ("save-pytorch", "safetensors")
 # "lossless": as the source of an import had it, else the reference's, and float32 for each tensor
@@ -30,7 +32,7 @@ def reference_dtype(name: str) -> str:
 
 
 def to_state(
-    parameters: tables.State, dtypes: str = "lossless", names: Mapping[str, str] = {}
+    parameters: table.State, dtypes: str = "lossless", names: Mapping[str, str] = {}
 ) -> tuple[dict[str, np.ndarray], int]:
     """Parameters as the reference's state dictionary.
 
@@ -46,12 +48,12 @@ def to_state(
     spelled = {save.TABLE.canonical(name): name for name in names}
     state, kept = {}, 0
     for ours, value in parameters.items():
-        for name, array in tables.to_torch(save.TABLE, {ours: value}).items():
+        for name, array in table.to_torch(save.TABLE, {ours: value}).items():
             dtype = "float32" if dtypes == "float32" else reference_dtype(name)
             if dtypes == "lossless":
                 dtype = names.get(spelled.get(name), dtype)
             with np.errstate(over="ignore"):
-                cast = array.astype(tables.dtype(dtype))
+                cast = array.astype(table.dtype(dtype))
             if dtypes == "lossless" and not np.array_equal(cast.astype(np.float32), array):
                 cast, kept = array, kept + 1
             state[spelled.get(name, name)] = cast
@@ -60,7 +62,7 @@ def to_state(
 
 def write(
     path: pathlib.Path,
-    parameters: tables.State,
+    parameters: table.State,
     form: str,
     dtypes: str = "lossless",
     names: Mapping[str, str] = {},
@@ -76,8 +78,8 @@ def write(
     """
     if form == "safetensors":
         facts = {} if config is None else {CONFIG: json.dumps(config)}
-        safetensors_file.write(path, {k: np.asarray(v) for k, v in parameters.items()}, facts)
+        safetensors.write(path, {k: np.asarray(v) for k, v in parameters.items()}, facts)
         return 0
     state, kept = to_state(parameters, dtypes, names)
-    pytorch_file.write(path, state)
+    pytorch.write(path, state)
     return kept

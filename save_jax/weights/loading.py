@@ -10,9 +10,10 @@ import numpy as np
 from save_jax.errors import UserError
 from save_jax.models.save import FROM_TEXT_BLOCKS, STACKS_FROM_TEXT, SAVEConfig
 from save_jax.parameters import Parameters
-from save_jax.weights import positions, tables
-from save_jax.weights.sources import OURS, SAVE, Source, open_source
-from save_jax.weights.tensors import Tensor, Tensors
+from save_jax.weights import positions
+from save_jax.weights import table as tables
+from save_jax.weights.files.recognise import OURS, SAVE, Source, open_source
+from save_jax.weights.files.tensor import Tensor, Tensors
 
 PARTS = ("clip", "ast")  # that a source can be named for: "clip=A,ast=B"
 _TEXT = "clip.text.blocks.layer."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import miniatures
+from tests.support import miniatures
 
 SMALL = {"image_size": 32, "fbank_frames": 64, "max_frames": 4}
 

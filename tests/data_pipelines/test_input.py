@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from data_pipelines import input as pipeline
-from data_pipelines import media
+from data_pipelines.modalities import video
 from data_pipelines.prepare import prepare
 from data_pipelines.recipe import Recipe
-from data_pipelines.text import Tokenizer
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.tokenizer import Tokenizer
 from tests.data_pipelines.conftest import SMALL
 
 EVERYTHING = {"sound": True, "speech": True, "teacher": True}
@@ -89,7 +89,7 @@ def test_a_training_batch(train, tokenizer, miniature):
     assert found == expected
     captions = {tuple(tokenizer([c], 12)[0]): row for row in range(7) for c in train.captions[row]}
     for i, row in enumerate(batch.index):
-        frames = media.decode_frames(
+        frames = video.decode_frames(
             miniature / "VideoData" / f"{train.video_ids[row]}.mp4", train.recipe
         )
         np.testing.assert_array_equal(batch.frames[i, :3], frames)  # stored raw: exactly

@@ -20,7 +20,7 @@ from data_pipelines.recipe import version_directory
 from save_jax import config as configuration
 from save_jax import evaluate, main, sharding, train
 from save_jax.errors import UserError
-from tests import miniatures
+from tests.support import miniatures
 
 BATCH = 4
 SIZES = {"image_size": 32, "fbank_frames": 64, "max_frames": 32}

@@ -11,8 +11,8 @@ from PIL import Image
 from data_pipelines.prepare import prepare
 from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
-from tests import media as synthetic
 from tests.data_pipelines.conftest import SMALL
+from tests.support import media as synthetic
 
 RECIPE = Recipe(encoding="raw", **SMALL)
 FRAMES = synthetic.numbered_frames(30)
@@ -201,8 +201,8 @@ def test_with_strict_each_of_them_is_an_error(tmp_path, name):
 
 def test_images_in_place_of_a_video(root, tmp_path):
     """Charades' way: see test_charades for its layout; here, one image of three is damaged."""
-    from data_pipelines import records
-    from data_pipelines.datasets.clip import Clip
+    from data_pipelines.datasets.types import Clip
+    from data_pipelines.modalities import record as records
 
     folder = tmp_path / "images"
     folder.mkdir()

@@ -19,15 +19,18 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import audio, media, outages, prepare, records, sources, vectors, workers
+from data_pipelines import outages, pool, prepare, sidecars
 from data_pipelines.datasets import annotations, folder, layout
-from data_pipelines.datasets.clip import Clip
+from data_pipelines.datasets.types import Clip
+from data_pipelines.modalities import audio, teacher_files
+from data_pipelines.modalities import record as records
+from data_pipelines.modalities import video as video_files
 from data_pipelines.prepare import main
 from data_pipelines.recipe import Recipe
 from save_jax.errors import OutageError
-from tests import media as synthetic
-from tests import object_store, preparing
 from tests.data_pipelines.conftest import SMALL
+from tests.support import media as synthetic
+from tests.support import object_store, preparing
 
 RECIPE = Recipe(**SMALL)
 FLAGS = [f"--{key}={value}" for key, value in SMALL.items()]
@@ -44,7 +47,7 @@ class HttpError(Exception):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(workers, "_PAUSES", (0, 0))
+    monkeypatch.setattr(pool, "_PAUSES", (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_a_full_temporary_directory(root, tmp_path):
 
 
 def test_a_temporary_file_on_a_full_device(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(media, "_CANDIDATES_IN_MEMORY", 5 * 32 * 32 * 3)
+    monkeypatch.setattr(video_files, "_CANDIDATES_IN_MEMORY", 5 * 32 * 32 * 3)
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "TemporaryFile", lambda **_: io.FileIO("/dev/full", "r+"))
         code = main(command(root, "--workers=1", *FLAGS))
@@ -151,7 +154,7 @@ def test_no_temporary_directory(root, tmp_path, monkeypatch, capsys, error):
     def none(**_):
         raise error
 
-    monkeypatch.setattr(media, "_CANDIDATES_IN_MEMORY", 5 * 32 * 32 * 3)
+    monkeypatch.setattr(video_files, "_CANDIDATES_IN_MEMORY", 5 * 32 * 32 * 3)
     monkeypatch.setattr(tempfile, "TemporaryFile", none)
     code = main(command(root, "--workers=1", *FLAGS))
     nothing_is_lost(code, capsys.readouterr().err, tmp_path / "out", "temporary", error.strerror)
@@ -204,11 +207,11 @@ def test_a_disk_that_fails_in_the_middle_of_a_file(root, tmp_path, name, number)
 @pytest.mark.parametrize(
     ("name", "replaced"),
     [
-        ("data_pipelines.media.decode_frames", MemoryError()),
-        ("data_pipelines.audio.read_waveform", MemoryError()),
-        ("data_pipelines.audio.fbank", MemoryError()),
-        ("data_pipelines.sources.read", STALE),
-        ("data_pipelines.shards.write", OSError(errno.EIO, os.strerror(errno.EIO))),
+        ("data_pipelines.modalities.video.decode_frames", MemoryError()),
+        ("data_pipelines.modalities.audio.read_waveform", MemoryError()),
+        ("data_pipelines.modalities.audio.fbank", MemoryError()),
+        ("data_pipelines.sidecars.read", STALE),
+        ("data_pipelines.storage.shards.write", OSError(errno.EIO, os.strerror(errno.EIO))),
         ("data_pipelines.prepare.usual_recipe", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
     ],
 )
@@ -222,7 +225,7 @@ def test_an_outage_anywhere_ends_the_command(root, tmp_path, monkeypatch, capsys
 
 
 def test_a_passing_outage_is_waited_for(root, tmp_path, monkeypatch):
-    decode, times = media.decode_frames, []
+    decode, times = video_files.decode_frames, []
 
     def fail_once(*arguments):
         times.append(1)
@@ -230,7 +233,7 @@ def test_a_passing_outage_is_waited_for(root, tmp_path, monkeypatch):
             raise STALE
         return decode(*arguments)
 
-    monkeypatch.setattr(media, "decode_frames", fail_once)
+    monkeypatch.setattr(video_files, "decode_frames", fail_once)
     assert main(command(root, "--workers=1", *FLAGS)) == 0
     assert counts(tmp_path / "out") == (6, 6, 0, []) and len(times) == 7
 
@@ -352,7 +355,7 @@ def test_beam_fails_with_the_same_message(root, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise STALE
 
-    monkeypatch.setattr(media, "decode_frames", fail)
+    monkeypatch.setattr(video_files, "decode_frames", fail)
     code = main(command(root, "--beam_runner=DirectRunner", *FLAGS))
     error = capsys.readouterr().err
     nothing_is_lost(code, error[error.index("interrupted") :], tmp_path / "out", "a.mp4", "Stale")
@@ -413,7 +416,7 @@ def test_a_crash_that_is_found_while_work_is_given_out(root):
     clips += [clip(str(root / "a.mp4"))] * 8  # of all, more than are given out at first
     found = records.read_records(clips, RECIPE, workers=2)
     first = next(found)
-    for process in workers.multiprocessing.active_children():
+    for process in pool.multiprocessing.active_children():
         process.join(30)  # the crash ends both
     assert [bool(record.features) for record in (first, *found)] == [True, False, *[True] * 8]
 
@@ -490,12 +493,12 @@ def test_permission_refused_for_a_file_and_for_a_whole_folder(tmp_path, monkeypa
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a.mp4")
 
     (tmp_path / "a.mp4").write_bytes(b"x")
-    monkeypatch.setattr(media.io, "FileIO", refused)
-    with pytest.raises(media.MediaError, match="Permission denied"):
-        media.decode_frames(tmp_path / "a.mp4", RECIPE)
+    monkeypatch.setattr(video_files.io, "FileIO", refused)
+    with pytest.raises(video_files.MediaError, match="Permission denied"):
+        video_files.decode_frames(tmp_path / "a.mp4", RECIPE)
     monkeypatch.setattr(os, "access", lambda path, _: os.fspath(path) != str(tmp_path))
     with pytest.raises(OutageError, match=r"a\.mp4.*Permission denied"):
-        media.decode_frames(tmp_path / "a.mp4", RECIPE)
+        video_files.decode_frames(tmp_path / "a.mp4", RECIPE)
 
 
 def _images(path):
@@ -507,21 +510,24 @@ def _images(path):
 READERS = {
     "a.mp4": (
         lambda path: synthetic.write_video(path, synthetic.numbered_frames(3)),
-        lambda path: media.decode_frames(path, RECIPE),
+        lambda path: video_files.decode_frames(path, RECIPE),
     ),
     "b.mp4": (
         lambda path: synthetic.write_video(path, synthetic.numbered_frames(3)),
-        lambda path: media.decode_evenly(path, 4, 32),
+        lambda path: video_files.decode_evenly(path, 4, 32),
     ),
-    "images": (_images, lambda path: media.decode_frames(path, RECIPE)),
+    "images": (_images, lambda path: video_files.decode_frames(path, RECIPE)),
     "a.wav": (
         lambda path: synthetic.write_wav(path, synthetic.tone(1)[None]),
         audio.read_waveform,
     ),
-    "a.npy": (lambda path: np.save(path, np.ones(8)), lambda path: vectors.read_vector(path, 8)),
+    "a.npy": (
+        lambda path: np.save(path, np.ones(8)),
+        lambda path: teacher_files.read_vector(path, 8),
+    ),
     "a.pt": (
         lambda path: torch.save(torch.ones(8), path),
-        lambda path: vectors.read_vector(path, 8),
+        lambda path: teacher_files.read_vector(path, 8),
     ),
     "a.csv": (lambda path: path.write_text("x"), annotations.read_text),
     "metadata.json": (
@@ -551,7 +557,7 @@ def test_a_vector_on_a_disk_that_fails(tmp_path, name):
     """The system answers a read of a process's memory at 0 as it does one of a broken disk."""
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(OutageError, match=rf"{name}: .*Input/output error"):
-        vectors.read_vector(tmp_path / name, 8)
+        teacher_files.read_vector(tmp_path / name, 8)
 
 
 def test_a_vector_that_claims_more_than_there_is_memory(tmp_path):
@@ -559,8 +565,8 @@ def test_a_vector_that_claims_more_than_there_is_memory(tmp_path):
     content = (tmp_path / "a.npy").read_bytes()
     content = content.replace(b"(8,), }           ", b"(9999999999999,), }")
     (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(vectors.VectorError, match="not a NumPy array"):
-        vectors.read_vector(tmp_path / "a.npy", 8)
+    with pytest.raises(teacher_files.VectorError, match="not a NumPy array"):
+        teacher_files.read_vector(tmp_path / "a.npy", 8)
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -613,8 +619,8 @@ def test_a_file_of_transcripts_that_cannot_be_asked_for_now(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "stat", fail)
     with pytest.raises(OutageError, match=r"asr\.json: .*Stale file handle"):
-        sources._read_speech(
-            str(tmp_path / "asr.json"), [], str(tmp_path), sources.Speech(), 1, False
+        sidecars._read_speech(
+            str(tmp_path / "asr.json"), [], str(tmp_path), sidecars.Speech(), 1, False
         )
 
 

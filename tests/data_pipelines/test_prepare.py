@@ -1,4 +1,4 @@
-"""data_pipelines/prepare.py together with what it drives: sources.py, build.py, shards.py."""
+"""data_pipelines/prepare.py together with what it drives: sidecars.py, build.py, shards.py."""
 
 import csv
 import dataclasses
@@ -15,11 +15,12 @@ import tensorflow_datasets as tfds
 import torch
 
 from data_pipelines import prepare as module
-from data_pipelines import shards, whisper
-from data_pipelines.datasets.clip import Clip
+from data_pipelines.datasets.types import Clip
+from data_pipelines.modalities import whisper
+from data_pipelines.modalities.record import Record, read_record
 from data_pipelines.prepare import main, prepare
 from data_pipelines.recipe import Recipe
-from data_pipelines.records import Record, read_record
+from data_pipelines.storage import shards
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 
@@ -153,7 +154,7 @@ def test_a_split_without_any_usable_clip(root):
 
 
 def test_doing_it_again(prepared, miniature, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "data_pipelines.build", None)  # not needed again
+    monkeypatch.setitem(sys.modules, "data_pipelines.storage.build", None)  # not needed again
     again = ["msrvtt", f"--root={miniature}", f"--out={prepared}", "--encoding=raw", *FLAGS]
     assert main(again) == 0
     assert "Already prepared" in capsys.readouterr().out
@@ -266,7 +267,7 @@ def test_the_command(miniature, tmp_path):
 
 
 def test_the_demo_corpus_is_made_or_completed(tmp_path, monkeypatch):
-    """The generator itself knows what is there already; see test_demo_corpus.py."""
+    """The generator itself knows what is there already; see test_corpus.py."""
     from data_pipelines import demo_corpus
 
     calls = []
@@ -336,9 +337,9 @@ def test_whisper_runs_where_there_is_no_file_and_what_it_writes_is_read(
 
 
 def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, monkeypatch):
-    """ImageBind itself is tried in test_affinities.py."""
-    from data_pipelines import affinities
-    from save_jax.weights import imagebind
+    """ImageBind itself is tried in test_teacher.py."""
+    from data_pipelines.modalities import teacher
+    from save_jax.weights.names import imagebind
 
     def compute(clips, directory, embed, *, workers, strict):
         assert embed == "made of w.pth"
@@ -352,7 +353,7 @@ def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, 
             made.append(clip)
         return made, (("", "video0", "a problem"),)
 
-    monkeypatch.setattr(affinities, "compute", compute)
+    monkeypatch.setattr(teacher, "compute", compute)
     monkeypatch.setattr(imagebind, "make_embed", lambda path: f"made of {path}")
     directory = prepare(
         "msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1, imagebind="w.pth"
@@ -387,7 +388,7 @@ def test_strict_does_not_pass_over_shards_that_were_written_without_it(root, tmp
     replace(root / "VideoData" / "video1.mp4", b"")
     arguments = ["msrvtt", f"--root={root}", f"--out={tmp_path}", "--workers=1", *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipelines.build._describe", lambda *_: 1 / 0)
+        patch.setattr("data_pipelines.storage.build._describe", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert main([*arguments, "--strict"]) == 2

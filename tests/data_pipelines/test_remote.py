@@ -5,11 +5,11 @@ import os
 import pytest
 from etils import epath
 
-from data_pipelines import build, shards
 from data_pipelines.prepare import main
+from data_pipelines.storage import build, shards
 from save_jax.errors import UserError
-from tests import object_store, preparing
 from tests.data_pipelines.conftest import SMALL
+from tests.support import object_store, preparing
 
 WHERE = "msrvtt/9k/1.0.0"
 # Only one process of this machine prepares a directory, and other tests may run beside these.
@@ -69,7 +69,8 @@ def test_an_interrupted_one_goes_on(store, local, monkeypatch):
 def test_what_stops_before_metadata_json_is_not_complete(store, monkeypatch):
     copied = []
     monkeypatch.setattr(
-        "data_pipelines.storage.copy_file", lambda _, path: copied.append(epath.Path(path).name)
+        "data_pipelines.storage.tfds_format.copy_file",
+        lambda _, path: copied.append(epath.Path(path).name),
     )
     preparing.run("gs://bucket/root", OUT)
     assert copied[-1] == "metadata.json" and len(copied) == len(set(copied)) == 6

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from data_pipelines.prepare import main
-from tests import preparing
+from tests.support import preparing
 
 FILE = "msrvtt-train.array_record-00001-of-00003"
 

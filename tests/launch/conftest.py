@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from launch import local
+from launch.sweep import local
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def stand_in(monkeypatch):
         "command",
         lambda sweep, name: [
             sys.executable,
-            str(ROOT / "tests/launch/stand_in.py"),
+            str(ROOT / "tests/support/stand_in.py"),
             *sweep.arguments(name),
         ],
     )

@@ -10,9 +10,9 @@ from flax import nnx
 
 from save_jax import parameters as params
 from save_jax.models.ast import AST, VARIANTS, ASTConfig
-from save_jax.weights import ast as table
-from save_jax.weights.tables import from_torch
-from tests import small
+from save_jax.weights.names import ast as table
+from save_jax.weights.table import from_torch
+from tests.support import small
 
 FLOAT32 = jnp.dtype("float32")
 

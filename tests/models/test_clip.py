@@ -12,9 +12,9 @@ from flax import nnx
 
 from save_jax import parameters as params
 from save_jax.models.clip import CLIP, VARIANTS, CLIPConfig
-from save_jax.weights import clip as table
-from save_jax.weights.tables import from_torch
-from tests import small
+from save_jax.weights.names import clip as table
+from save_jax.weights.table import from_torch
+from tests.support import small
 
 FLOAT32 = jnp.dtype("float32")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from save_jax import parameters as params
-from tests import small
+from tests.support import small
 
 WIDTH = small.SIZES.embed_dim
 

@@ -11,10 +11,10 @@ import torch
 from save_jax import parameters as params
 from save_jax.models import imagebind
 from save_jax.models.imagebind import ImageBindConfig
-from save_jax.weights import imagebind as table
-from save_jax.weights.tables import from_torch
-from tests import imagebind_reference as reference
-from tests import small
+from save_jax.weights.names import imagebind as table
+from save_jax.weights.table import from_torch
+from tests.support import imagebind_reference as reference
+from tests.support import small
 
 TINY = ImageBindConfig(
     embed_dim=24,

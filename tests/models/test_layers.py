@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 
 from save_jax.models import layers
-from tests import reference
+from tests.support import reference
 
 FLOAT32 = jnp.dtype("float32")
 RNGS = nnx.Rngs(params=0)

@@ -11,9 +11,9 @@ from flax import nnx
 
 from save_jax import parameters as params
 from save_jax.models.save import SAVE, SAVEConfig, copy_clip_into_fusion, create
-from save_jax.weights import save as table
-from save_jax.weights.tables import to_torch
-from tests import small
+from save_jax.weights.names import save as table
+from save_jax.weights.table import to_torch
+from tests.support import small
 
 MODELS = {"save": {}, "avigate": small.AVIGATE, "clip4clip": small.CLIP4CLIP}
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from save_jax import checkpoint, weights
-from save_jax.weights import export, save, tables
+from save_jax.weights import export, table
 from save_jax.weights.__main__ import main
-from tests import reference, small
-from tests.weights import files
+from save_jax.weights.names import save
+from tests.support import reference, small, weight_files
 
 _, EXPECTED = small.abstract(small.config())
-MODELS = {"save": {}, "avigate": small.AVIGATE, "clip4clip": files.SOUNDLESS}
+MODELS = {"save": {}, "avigate": small.AVIGATE, "clip4clip": weight_files.SOUNDLESS}
 
 
 def run(*arguments) -> int:
@@ -35,10 +35,10 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("model", MODELS)
 def test_import_then_export_is_exact(model, tmp_path, capsys):
-    state = files.save_state(**MODELS[model])
+    state = weight_files.save_state(**MODELS[model])
     kinds = {value.dtype for value in state.values()}
     assert kinds == {torch.float16, torch.float32}
-    torch.save(state | files.spare(), tmp_path / "pytorch_model.bin.3")
+    torch.save(state | weight_files.spare(), tmp_path / "pytorch_model.bin.3")
     assert run("import", tmp_path / "pytorch_model.bin.3", f"--out={tmp_path / 'ours'}") == 0
     assert "not used by the model: asr_query_tokens" in capsys.readouterr().out
     back = tmp_path / "back.bin"
@@ -48,7 +48,7 @@ def test_import_then_export_is_exact(model, tmp_path, capsys):
 
 def test_what_is_not_rounded_in_the_source_is_not_rounded(tmp_path):
     """Files in which all is float32, or whose parts have dtypes of their own."""
-    state = {name: value.float() for name, value in files.save_state().items()}
+    state = {name: value.float() for name, value in weight_files.save_state().items()}
     state["query_tokens"] = state["query_tokens"].bfloat16()
     state["clip.visual.proj"] += 1e-5
     torch.save(state, tmp_path / "a.bin")
@@ -81,7 +81,7 @@ def test_dtypes_of_an_export(tmp_path, capsys):
     ours = ours_at_random()
     ours["audio_projection.kernel"] = np.float32(np.float16(ours["audio_projection.kernel"]))
     checkpoint.write_parameters(tmp_path / "run", ours)
-    expected = files.mixed(reference.SAVE(small.SIZES).state_dict())
+    expected = weight_files.mixed(reference.SAVE(small.SIZES).state_dict())
     half = {name for name, value in expected.items() if value.dtype == torch.float16}
     for dtype, found in (
         ("lossless", {"clip.audio_projection"}),
@@ -115,8 +115,8 @@ def test_the_references_dtypes():
 
 def test_an_import_holds_what_the_source_holds(tmp_path):
     """And `init_from` reads it as it reads the source."""
-    torch.save(files.ast_state(), tmp_path / "ast.pth")
-    files.hugging_face_clip().save_pretrained(tmp_path / "clip")
+    torch.save(weight_files.ast_state(), tmp_path / "ast.pth")
+    weight_files.hugging_face_clip().save_pretrained(tmp_path / "clip")
     sources = [tmp_path / "ast.pth", tmp_path / "clip"]
     assert run("import", *sources, f"--out={tmp_path / 'both'}") == 0
     direct = weights.load(list(map(str, sources)), small.config(), EXPECTED)
@@ -130,7 +130,7 @@ def test_an_import_holds_what_the_source_holds(tmp_path):
 
 
 def test_import_for_a_config(tmp_path, capsys):
-    torch.save(files.save_state(), tmp_path / "a")
+    torch.save(weight_files.save_state(), tmp_path / "a")
     out = f"--out={tmp_path / 'ours'}"
     assert run("import", tmp_path / "a", out, "--clip=ViT-B/32") == 2
     assert "of the wrong shape" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
         pathlib.Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export.safetensors_file, "write", full)
+    monkeypatch.setattr(export.safetensors, "write", full)
     out = tmp_path / "file"
     assert run("export", tmp_path / "run", "--format=safetensors", f"--out={out}") == 2
     assert "No space left" in capsys.readouterr().err
@@ -241,5 +241,5 @@ def test_float16_state_survives_as_float32_parameters():
     ours = {"clip.visual.proj": jnp.array(values[:63488].reshape(496, 128), jnp.float32)}
     state, kept = export.to_state(ours)
     assert kept == 0 and state["clip.visual.proj"].dtype == np.float16
-    again = tables.from_torch(save.TABLE, state, {"clip.visual.proj": (496, 128)})
+    again = table.from_torch(save.TABLE, state, {"clip.visual.proj": (496, 128)})
     np.testing.assert_array_equal(again["clip.visual.proj"], ours["clip.visual.proj"])

@@ -13,7 +13,7 @@ from save_jax import weights
 from save_jax.models.ast import AST
 from save_jax.models.clip import CLIP, VARIANTS
 from save_jax.models.save import SAVE, SAVEConfig
-from tests import small
+from tests.support import small
 
 FLOAT32 = jnp.dtype("float32")
 

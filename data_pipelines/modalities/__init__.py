@@ -1,0 +1,1 @@
+"""Turns files into arrays: frames, sound, transcripts and the teacher's vectors."""

@@ -1,0 +1,407 @@
+"""Speech recognition by Whisper: writes the file that transcripts.read_asr reads.
+
+What faster-whisper is asked for, and why:
+
+* Only what its voice-activity detector takes for speech is transcribed. Whisper invents words where
+  nobody speaks, and detecting the language of silence costs as much as a transcription.
+* Beam search with 5 beams, Whisper's own, at temperature 0 alone: a higher temperature, which
+  Whisper falls back to, draws random numbers, and a second run would find other words. What it
+  falls back from above all, the same words again and again, is mended by a second search that may
+  not say three words twice.
+* No window is prompted with the text of the one before: a mistake would go on into the rest of a
+  long video, and most clips are a single window.
+* float16 on a GPU, 8-bit integers on a CPU, where 60 short clips took a third less time than in
+  float32 on a busy machine, with the same words whatever the number of threads.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.datasets import annotations
+from data_pipelines.datasets.types import Clip, Problem
+from data_pipelines.modalities import audio, record, transcripts, video
+from data_pipelines.pool import in_order
+from save_jax.errors import UserError
+
+# What a clip can turn out to hold, in the order in which the summary counts it.
+SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"
+
+_MODEL_FILES = ("model.bin", "config.json", "tokenizer.json")
+# Clips under way for each GPU: while one is transcribed, the sound of others is read.
+_CLIPS_PER_GPU = 4
+
+# Text that compresses by more than this is a loop, by Whisper's own measure.
+_LOOP = 2.4
+# Processes that read sound, which is quick beside transcribing it.
+_READERS = 2
+
+# What is written of a clip: the fields of an ASR file and what tells how the text came about.
+Entry = dict[str, Any]
+# A clip's sound, and what is wrong with its files.
+Read = tuple[np.ndarray | None, list[str]]
+
+
+class WhisperSummary(NamedTuple):
+    """What transcription found.
+
+    Attributes:
+        counts: "clips", and of these those with "speech", with "no speech", with "no audio" and
+            with "unreadable" audio; "kept" of them were transcribed by an earlier run.
+        problems: every file whose sound cannot be read.
+    """
+
+    counts: dict[str, int]
+    problems: tuple[Problem, ...]
+
+
+class _Ear(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        hear: from a waveform, float32 [samples] at 16 kHz, to the fields of an entry that say what
+            is heard. May be called from several threads.
+        where: what it runs on, in words.
+        at_once: clips to have under way.
+        readers: processes that read their sound; 1 = this one.
+    """
+
+    hear: Callable[[np.ndarray], Entry]
+    where: str
+    at_once: int
+    readers: int
+
+
+def transcribe(
+    clips: Sequence[Clip],
+    path: str,
+    *,
+    model: str,
+    translate: bool = False,
+    device: str = "auto",
+    strict: bool = False,
+    workers: int = 0,
+) -> WhisperSummary:
+    """Transcribes what is said in clips and writes it as a speech recognition file.
+
+    Clips that the file has already are kept, and so is what an interrupted run got done, which a
+    journal beside the file holds; the result does not depend on interruptions. Only clips whose
+    sound could not be read are tried again.
+
+    Args:
+        clips: the clips; of several with one id, the first counts.
+        path: the file to write, a JSON list of {"key": "ID.mp4", "text": "…", "language": "en",
+            "language_probability": 0.98, …} in the order of the clips, followed by what else it
+            held. Without speech, the text and the language are "".
+        model: a local directory with a Whisper model in CTranslate2's format, or its id: one of
+            faster-whisper's ("large-v3") or of the Hugging Face hub.
+        translate: translate what is not English into English.
+        device: "cuda" (all GPUs), "cpu", or "auto": GPUs where there are any.
+        strict: raise UserError on the first clip whose sound cannot be read.
+        workers: clips at once on a CPU, each with a thread of the model; 0 = as many as
+            processors. Sound is read in processes of its own, or with 1 in this one.
+
+    Raises:
+        UserError: the model cannot be had or does not work; the file was made otherwise.
+    """
+    settings = {"model": model, "translate": translate}
+    journal = _journal(path)
+    written = _read_written(path, settings)
+    known = {entry["key"]: entry for entry in [*written, *_resume(journal, settings)]}
+    wanted: dict[str, Clip] = {}
+    for clip in clips:
+        wanted.setdefault(_key(clip), clip)
+    heard = {
+        key: known[key] for key in wanted if key in known and known[key]["found"] != UNREADABLE
+    }
+    kept = len(heard)
+    todo = [clip for key, clip in wanted.items() if key not in heard]
+    if todo:
+        ear = _load(model, translate, device, workers)
+        with (
+            _appending(journal) as append,
+            contextlib.closing(_hear_all(todo, ear, settings)) as entries,
+        ):
+            for entry in entries:
+                if strict and entry["problems"]:
+                    raise UserError("\n".join(entry["problems"]))
+                append(entry)
+                heard[entry["key"]] = entry
+    result = [heard[key] for key in wanted]
+    result += [entry for key, entry in known.items() if key not in heard]
+    if result != written or not transcripts.exists(path):
+        transcripts.write_asr(path, result)
+    journal.unlink(missing_ok=True)
+
+    found = collections.Counter(entry["found"] for entry in heard.values())
+    return WhisperSummary(
+        counts={
+            "clips": len(wanted),
+            **{what: found[what] for what in (SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE)},
+            "kept": kept,
+        },
+        problems=tuple(
+            ("", clip.video_id, problem)
+            for key, clip in wanted.items()
+            for problem in heard[key]["problems"]
+        ),
+    )
+
+
+def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
+    """Loads a model; UserError when that fails."""
+    try:
+        import ctranslate2
+        import faster_whisper
+    except ImportError as error:
+        raise UserError(
+            f"expected the package faster-whisper to transcribe speech, found that it cannot be "
+            f"imported ({error}). Install it: pip install 'save_jax[whisper]'; or prepare with a "
+            "file of transcripts, or with --transcripts=none."
+        ) from error
+    if device == "auto":
+        device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    if device == "cuda":
+        gpus = ctranslate2.get_cuda_device_count()
+        place = {"device_index": list(range(gpus)), "compute_type": "float16"}
+        where, at_once = f"{gpus} GPU" + "s" * (gpus > 1), _CLIPS_PER_GPU * gpus
+    else:
+        at_once = workers or os.cpu_count() or 1
+        # One thread a clip: several for one clip wait for each other most of the time.
+        place = {"cpu_threads": 1, "num_workers": at_once, "compute_type": "int8"}
+        where = f"CPU, {at_once} at once"
+    directory = model if os.path.isdir(model) else _download(model)
+    _check_files(model, directory)
+    try:
+        whisper = faster_whisper.WhisperModel(directory, device=device, **place)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--whisper={model}: expected a Whisper model that can be loaded, found: {error}"
+            + _cuda_remedy(device)
+        ) from error
+    if translate and not whisper.model.is_multilingual:
+        raise UserError(
+            f"--whisper={model}: expected, with --translate, a model of many languages, found one "
+            "of English alone. Take another (such as large-v3), or leave --translate out."
+        )
+
+    def hear(waveform: np.ndarray) -> Entry:
+        try:
+            return _hear(whisper, waveform, translate)
+        except RuntimeError as error:  # CTranslate2's: a library or memory is missing
+            raise UserError(
+                f"--whisper={model}: expected it to run on {where}, found: {error}"
+                + _cuda_remedy(device)
+            ) from error
+
+    return _Ear(hear, where, at_once, 1 if workers == 1 else _READERS)
+
+
+def _download(model: str) -> str:
+    """The folder of a model given by its id, downloaded unless it was before."""
+    import faster_whisper
+
+    try:
+        return faster_whisper.download_model(model)
+    except Exception as error:  # each network library has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--whisper={model}: expected a local directory, or the id of a model that can be "
+            f"downloaded, found no such directory, and the download failed ({reason}). Ids are "
+            f"{', '.join(faster_whisper.available_models())}, and those of models in CTranslate2's "
+            "format on the Hugging Face hub (large-v3 is Systran/faster-whisper-large-v3). Without "
+            f"network, download all files of the model elsewhere ({', '.join(_MODEL_FILES)} and "
+            "the other .json and .txt files), put them into one directory here, and give it: "
+            "--whisper=DIRECTORY."
+        ) from error
+
+
+def _check_files(model: str, directory: str) -> None:
+    missing = [name for name in _MODEL_FILES if not os.path.exists(os.path.join(directory, name))]
+    if missing:
+        raise UserError(
+            f"--whisper={model}: expected a directory with a Whisper model in CTranslate2's format,"
+            f" found no {', '.join(missing)} in it. A model of the transformers library is "
+            "converted with: ct2-transformers-converter --model DIRECTORY --output_dir NEW "
+            "--copy_files tokenizer.json preprocessor_config.json"
+        )
+
+
+def _cuda_remedy(device: str) -> str:
+    if device == "cpu":
+        return ""
+    return (
+        ". CTranslate2 needs CUDA 12's cuBLAS and cuDNN 9 in LD_LIBRARY_PATH (pip install "
+        "nvidia-cublas-cu12 nvidia-cudnn-cu12 brings them) and enough GPU memory. What is "
+        "transcribed so far is kept. CUDA_VISIBLE_DEVICES= (empty) transcribes on the CPU."
+    )
+
+
+def _hear(whisper: Any, waveform: np.ndarray, translate: bool) -> Entry:
+    """Transcribes a waveform; the fields of an entry that say what is heard."""
+    from faster_whisper.vad import get_speech_timestamps
+
+    spans = get_speech_timestamps(waveform)
+    if not spans:
+        return _silence(NO_SPEECH)
+    speech = np.concatenate([waveform[span["start"] : span["end"]] for span in spans])
+    options = {"beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False}
+    segments, about = whisper.transcribe(speech, **options)
+    # The segments are found only as they are asked for: until here, only the language was.
+    again = functools.partial(whisper.transcribe, speech, language=about.language)
+    task = "translate" if translate and about.language != "en" else "transcribe"
+    if task == "translate":
+        segments, _ = again(task=task, **options)
+    segments = list(segments)
+    if any(segment.compression_ratio > _LOOP for segment in segments):
+        segments, _ = again(task=task, no_repeat_ngram_size=3, **options)
+    text = "".join(segment.text for segment in segments).strip()
+    if not text:
+        return _silence(NO_SPEECH)
+    return {
+        "text": text,
+        "language": about.language,
+        "language_probability": round(float(about.language_probability), 4),
+        "found": SPEECH,
+    }
+
+
+def _silence(found: str) -> Entry:
+    return {"text": "", "language": "", "language_probability": 0.0, "found": found}
+
+
+def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry, None, None]:
+    """Yields the entries of clips as they are done, showing how far it is and the time left."""
+
+    def hear(clip: Clip, read: Read) -> Entry:
+        waveform, problems = read
+        if waveform is None and problems:
+            heard = _silence(UNREADABLE)
+        elif not audio.long_enough(waveform):
+            heard = _silence(NO_AUDIO)
+        elif not np.isfinite(waveform).all():
+            problems = [*problems, f"no speech from {_sound(clip)}: its sound has NaNs"]
+            heard = _silence(UNREADABLE)
+        else:
+            heard = ear.hear(waveform)
+        return {"key": _key(clip), **heard, "problems": problems, **settings}
+
+    name = os.path.basename(os.path.normpath(settings["model"]))
+    progress = tqdm(total=len(clips), desc=f"transcribing ({name}, {ear.where})", unit="clip")
+    pool = concurrent.futures.ThreadPoolExecutor(ear.at_once)
+    reading = in_order(record.read_waveform, clips, ear.readers, _crashed, _sound)
+    try:
+        with progress, contextlib.closing(reading):
+            under_way: set[concurrent.futures.Future[Entry]] = set()
+            for clip, read in zip(clips, reading, strict=True):
+                under_way.add(pool.submit(hear, clip, read))
+                if len(under_way) > ear.at_once:
+                    done, under_way = concurrent.futures.wait(
+                        under_way, return_when=concurrent.futures.FIRST_COMPLETED
+                    )
+                    for job in done:
+                        yield job.result()
+                        progress.update()
+            for job in concurrent.futures.as_completed(under_way):
+                yield job.result()
+                progress.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _crashed(clip: Clip) -> Read:
+    return None, [f"no audio from {_sound(clip)}: it crashes the decoder"]
+
+
+def _sound(clip: Clip) -> str:
+    return clip.audio or clip.video
+
+
+def _key(clip: Clip) -> str:
+    return f"{clip.video_id}.mp4"
+
+
+def _journal(path: str) -> Path:
+    """Where the entries are kept until all are there; here, because stores cannot append."""
+    if not video.is_remote(path):
+        return Path(f"{path}.partial")
+    cache = Path(os.environ.get("SAVE_JAX_CACHE") or Path.home() / ".cache" / "save_jax")
+    return cache / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.partial"
+
+
+def _read_written(path: str, settings: Entry) -> list[Entry]:
+    """The entries of the file that an earlier run finished; [] when there is none."""
+    if not transcripts.exists(path):
+        return []
+    entries = annotations.read_json(path, transcripts.EXPECTED)
+    if not isinstance(entries, list):
+        raise UserError(
+            f"{path}: expected {transcripts.EXPECTED}, found a {type(entries).__name__}."
+        )
+    return [_checked(path, entry, settings) for entry in entries]
+
+
+def _resume(journal: Path, settings: Entry) -> list[Entry]:
+    """The entries that an interrupted run kept; cuts off a line that it could not finish."""
+    if not journal.exists():
+        return []
+    data = journal.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    entries = []
+    for line in whole.decode("utf-8", "replace").splitlines():
+        # A crash of the machine, other than of the program, may spoil more than the last line.
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    entries = [_checked(str(journal), entry, settings) for entry in entries]
+    os.truncate(journal, len(whole))
+    return entries
+
+
+def _checked(path: str, entry: Any, settings: Entry) -> Entry:
+    """The entry; UserError unless it was made with these settings."""
+    found = {name: entry.get(name) for name in settings} if isinstance(entry, dict) else {}
+    if found != settings:
+        raise UserError(
+            f"{path}: expected transcripts made with {_words(settings)}, found {_words(found)} in "
+            f"one of them. Use the same settings again, or remove that file to transcribe anew."
+        )
+    return entry
+
+
+def _words(settings: Entry) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "nothing"
+
+
+@contextlib.contextmanager
+def _appending(journal: Path) -> Iterator[Callable[[Entry], None]]:
+    """Opens the journal; gives the function that adds an entry to it for good."""
+    try:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        file = journal.open("a", encoding="utf-8")
+    except OSError as error:
+        raise transcripts.cannot_write(str(journal), error) from error
+    with file:
+
+        def append(entry: Entry) -> None:
+            try:
+                append_line(file, json.dumps(entry) + "\n")
+            except OSError as error:
+                raise transcripts.cannot_write(str(journal), error) from error
+
+        yield append
+
+
+def append_line(file: TextIO, line: str) -> None:
+    """Writes a line so that it outlives this process."""
+    file.write(line)
+    file.flush()

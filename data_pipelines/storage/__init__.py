@@ -1,0 +1,1 @@
+"""Writes and resumes prepared data: shards, locks, TFDS's format, copies on local disks."""

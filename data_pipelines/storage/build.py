@@ -1,0 +1,207 @@
+"""The records of a data set, shard by shard, and then what describes them."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import tqdm
+from etils import epath
+
+from data_pipelines import outages, prepared, sidecars
+from data_pipelines.datasets.types import Problem
+from data_pipelines.modalities.record import Record, read_records
+from data_pipelines.recipe import Recipe
+from data_pipelines.sidecars import Sources
+from data_pipelines.storage import shards, tfds_format
+from data_pipelines.storage.shards import Note, Shard
+from save_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def build(
+    directory: epath.Path,
+    dataset: str,
+    variant: str,
+    recipe: Recipe,
+    found: Sources,
+    *,
+    workers: int,
+    strict: bool,
+    beam_runner: str,
+    beam_options: str,
+) -> None:
+    """Writes what is not yet there of a prepared directory, which appears once it is complete.
+
+    Args:
+        directory: the prepared directory to be.
+        dataset: the data set's name.
+        variant: the name of its variant.
+        recipe: what to make of the media.
+        found: its clips.
+        workers: processes that read media; with Beam, for each of the runner's workers.
+        strict: raise UserError on the first file that is not usable.
+        beam_runner: Beam's runner; "" = this machine alone.
+        beam_options: Beam's own options.
+
+    Raises:
+        UserError: no clip of a split is usable, or with `strict`, one is not.
+        OutageError: the machine or a store fails; what is done is kept.
+    """
+    work, notes = prepared.work_directory(directory), prepared.notes_directory(directory)
+    for folder in (work, notes):
+        folder.mkdir(parents=True, exist_ok=True)
+    all_shards = shards.cut(
+        found.splits, directory=str(work), notes=str(notes), dataset=dataset, recipe=recipe
+    )
+    tfds_format.remove_others(str(work), [shard.name for shard in all_shards])
+    tfds_format.remove_others(str(notes), [os.path.basename(s.note_path) for s in all_shards])
+    prints = shards.fingerprints(all_shards)
+    todo = [
+        (shard, its_print)
+        for shard, its_print in zip(all_shards, prints, strict=True)
+        if shards.note_if_done(shard, its_print) is None
+    ]
+    clips = sum(len(shard.clips) for shard in all_shards)
+    done = clips - sum(len(shard.clips) for shard, _ in todo)
+    sidecars.announce(
+        "frames and sound",
+        f"{clips} clips in {len(all_shards)} shards"
+        + (f", of which {done} clips are done" if done else "")
+        + (f", by Beam's {beam_runner}" if beam_runner else ""),
+    )
+    if todo and beam_runner:
+        from data_pipelines.storage import beam
+
+        beam.write(todo, runner=beam_runner, options=beam_options, workers=workers)
+    elif todo:
+        with tqdm.tqdm(
+            total=clips, initial=done, desc=f"{dataset} {variant}", unit="clip"
+        ) as progress:
+            _write_here(todo, recipe, workers, strict, progress)
+
+    sidecars.announce("index and metadata", str(directory))
+    all_notes = [shards.note_if_done(*pair) for pair in zip(all_shards, prints, strict=True)]
+    if None in all_notes:
+        raise UserError(
+            f"{work}: expected all {len(all_shards)} shards there, found {all_notes.count(None)} "
+            "absent or changed meanwhile. Run the same command again."
+        )
+    # The sound of a file may have been found wanting twice, by Whisper and for its filterbank.
+    problems = [*found.problems, *(problem for note in all_notes for problem in note.problems)]
+    problems = list(dict.fromkeys(map(tuple, problems)))
+    sidecars.check(dataset, problems, strict)  # of shards that were written without it, too
+    by_split = {
+        split: [n for s, n in zip(all_shards, all_notes, strict=True) if s.split == split]
+        for split in found.splits
+    }
+    _describe(work, directory.name, dataset, variant, recipe, found, by_split, problems)
+    if work != directory:
+        os.rename(work, directory)
+    prepared.clean_up(directory)
+    if problems:
+        _log.warning(
+            "%s %s: %d problems; all are in %s. The first: %s: %s",
+            dataset,
+            variant,
+            len(problems),
+            directory / "problems.csv",
+            *problems[0][1:],
+        )
+
+
+def _write_here(
+    todo: Sequence[tuple[Shard, str]],
+    recipe: Recipe,
+    workers: int,
+    strict: bool,
+    progress: tqdm.tqdm,
+) -> None:
+    # One stream of records for all shards, so that the workers are not idle at the end of each.
+    clips = itertools.chain.from_iterable(shard.clips for shard, _ in todo)
+    records = read_records(clips, recipe, workers)
+
+    def counted() -> Iterator[Record]:
+        for record in records:
+            progress.update()
+            yield record
+
+    with contextlib.closing(records):
+        stream = counted()
+        for shard, its_print in todo:
+            its_records = itertools.islice(stream, len(shard.clips))
+            shards.write(shard, its_print, its_records, strict=strict)
+
+
+def _describe(
+    work: epath.Path,
+    version: str,
+    dataset: str,
+    variant: str,
+    recipe: Recipe,
+    found: Sources,
+    notes: dict[str, list[Note]],
+    problems: list[Problem],
+) -> None:
+    """Writes what describes the records: the index, the problems, and the metadata, these last.
+
+    Raises:
+        UserError: a split has no usable clip.
+    """
+    counts, sizes = {}, {}
+    with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
+        for split, clips in found.splits.items():
+            index = [entry for note in notes[split] for entry in note.index]
+            its_problems = [problem for problem in problems if problem[0] == split]
+            if not index:
+                reason = its_problems[-1][2] if clips else "none is listed"
+                raise UserError(
+                    f"{dataset}, split {split!r}: expected clips to prepare, found none usable "
+                    f"among {len(clips)}; the last one: {reason}. Are the videos where the data "
+                    "set's layout puts them?"
+                )
+            with open(os.path.join(scratch, f"index-{split}.json"), "w") as file:
+                json.dump(index, file)
+            sizes[split] = tfds_format.SplitSize(
+                [len(note.index) for note in notes[split]],
+                sum(note.num_bytes for note in notes[split]),
+            )
+            counts[split] = {
+                "listed": len(clips),
+                "prepared": len(index),
+                "left out": len(clips) - len(index),
+                "captions": sum(len(entry["captions"]) for entry in index),
+                "without audio": sum(not entry["has_audio"] for entry in index),
+                "without transcript": sum(not entry["transcript"] for entry in index),
+                "not transcribed": found.unheard[split],
+                "without teacher": sum(not entry["has_teacher"] for entry in index),
+                "problems": len(its_problems),
+            }
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("split", "video_id", "problem"), *problems])
+        with open(os.path.join(scratch, "problems.csv"), "wb") as file:
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # names of files
+        tfds_format.write_metadata(
+            scratch,
+            dataset=dataset,
+            variant=variant,
+            version=version,
+            recipe=recipe,
+            splits=sizes,
+            metadata={
+                "recipe": json.loads(recipe.to_json()),
+                "transcripts": str(found.speech),
+                "counts": counts,
+                "problems": len(problems),
+            },
+        )
+        with tfds_format.writing(str(work)):
+            # Readers take a directory with metadata.json for complete.
+            for name in sorted(os.listdir(scratch), key=lambda name: name == "metadata.json"):
+                tfds_format.copy_file(os.path.join(scratch, name), str(work / name))

@@ -1,0 +1,241 @@
+"""Some clips of a split and the file of their records: the unit of work and of resumption.
+
+A split's clips are cut into shards, which are known before any work is done. A shard is done once
+its records are written and then its note, a small JSON file that says what came of its clips and
+by which fingerprint it can be told that they are still the same. So a preparation may end at any
+moment; the next one does what is not done, and the result is the same to the byte.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from data_pipelines import outages, sidecars
+from data_pipelines.datasets.types import Clip
+from data_pipelines.modalities.record import Record, read_records
+from data_pipelines.prepared import is_remote
+from data_pipelines.recipe import Recipe
+from data_pipelines.storage import tfds_format
+
+# Few clips, so that an interruption costs little and many machines find work; but readers keep all
+# files of a split open, and a process usually may open 1,024.
+CLIPS_PER_SHARD = 64
+MOST_SHARDS = 512
+
+# What the index keeps of a record: all but the heavy arrays.
+INDEX_FIELDS = (
+    "video_id",
+    "captions",
+    "groups",
+    "transcript",
+    "has_audio",
+    "has_teacher",
+    "num_frames",
+)
+
+# Raised whenever what is stored of a clip changes though its recipe does not.
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some clips of a split, and where their records go.
+
+    Attributes:
+        directory: the folder of the records.
+        notes: the folder of the notes on shards that are done.
+        dataset: the data set's name.
+        split: the split's name.
+        number: which shard of the split this is, from 0.
+        of: how many there are.
+        recipe: what to make of the media.
+        clips: the clips.
+    """
+
+    directory: str
+    notes: str
+    dataset: str
+    split: str
+    number: int
+    of: int
+    recipe: Recipe
+    clips: tuple[Clip, ...]
+
+    @property
+    def name(self) -> str:
+        return tfds_format.record_file(self.dataset, self.split, self.number, self.of)
+
+    @property
+    def records_path(self) -> str:
+        return os.path.join(self.directory, self.name)
+
+    @property
+    def note_path(self) -> str:
+        return os.path.join(self.notes, f"{self.name}.json")
+
+    @property
+    def plan_path(self) -> str:
+        return os.path.join(self.notes, f"{self.name}.plan.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What came of a shard.
+
+    Attributes:
+        fingerprint: of what it was made of.
+        index: INDEX_FIELDS of each record.
+        problems: the split, a clip's id and what is wrong with its files, for each such thing.
+        num_bytes: of all records.
+        file_size: of the file that holds them.
+    """
+
+    fingerprint: str
+    index: list[dict[str, Any]]
+    problems: list[tuple[str, str, str]]
+    num_bytes: int
+    file_size: int
+
+
+def cut(
+    splits: dict[str, Sequence[Clip]], *, directory: str, notes: str, dataset: str, recipe: Recipe
+) -> list[Shard]:
+    """Cuts the clips of all splits into shards; a split without clips has none."""
+    shards = []
+    for split, clips in splits.items():
+        size = max(CLIPS_PER_SHARD, -(-len(clips) // MOST_SHARDS))
+        starts = range(0, len(clips), size)
+        shards += [
+            Shard(
+                directory=directory,
+                notes=notes,
+                dataset=dataset,
+                split=split,
+                number=number,
+                of=len(starts),
+                recipe=recipe,
+                clips=tuple(clips[start : start + size]),
+            )
+            for number, start in enumerate(starts)
+        ]
+    return shards
+
+
+def fingerprints(shards: Sequence[Shard]) -> list[str]:
+    """A hash for each shard of all that decides its records.
+
+    These are the recipe, the version of the code, what is known of its clips, and the sizes and
+    times of their files; of a folder of images, their names and its time.
+    """
+    # Each asks for the state of some hundred files, which may be far away.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_fingerprint, shards))
+
+
+def note_if_done(shard: Shard, fingerprint: str) -> Note | None:
+    """The note of a shard that is done, with the same clips and files; None when it is not."""
+    note = tfds_format.read_json(shard.note_path)
+    if note is None or note["fingerprint"] != fingerprint:
+        return None
+    stamp = _stamp(shard.records_path)
+    if not stamp or stamp[0] != note["file_size"]:
+        return None
+    return Note(**note | {"problems": [tuple(problem) for problem in note["problems"]]})
+
+
+def write(
+    shard: Shard, fingerprint: str, records: Iterable[Record], *, strict: bool = False
+) -> None:
+    """Writes the records of a shard, and then its note.
+
+    Args:
+        shard: the shard.
+        fingerprint: its fingerprint, taken before its files were read.
+        records: one for each of its clips, in their order; consumed one by one.
+        strict: raise UserError at the first problem, and write nothing.
+    """
+    index, problems, num_bytes = [], [], 0
+
+    def serialized():
+        nonlocal num_bytes
+        for record in records:
+            its = [(shard.split, record.clip.video_id, problem) for problem in record.problems]
+            problems.extend(its)
+            sidecars.check(shard.dataset, its, strict)
+            if record.features is None:
+                continue
+            index.append({field: record.features[field] for field in INDEX_FIELDS})
+            example = tfds_format.serialize(record.features, shard.recipe)
+            num_bytes += len(example)
+            yield example
+
+    file_size = tfds_format.write_records(shard.records_path, serialized())
+    note = Note(fingerprint, index, problems, num_bytes, file_size)
+    tfds_format.write_file(shard.note_path, json.dumps(dataclasses.asdict(note)).encode())
+
+
+def write_plan(shard: Shard, fingerprint: str) -> None:
+    """Writes all that `write_planned` needs to know of a shard."""
+    plan = {"fingerprint": fingerprint, "shard": dataclasses.asdict(shard)}
+    tfds_format.write_file(shard.plan_path, json.dumps(plan).encode())
+
+
+def write_planned(plan_path: str, workers: int) -> None:
+    """Reads and writes the shard of a plan: what a machine of many does (module beam).
+
+    Args:
+        plan_path: where `write_plan` wrote it.
+        workers: processes that read media; 1 = this one.
+    """
+    plan = json.loads(epath.Path(plan_path).read_text())
+    fields = plan["shard"]
+    clips = tuple(
+        Clip(**clip | {"captions": tuple(clip["captions"]), "groups": tuple(clip["groups"])})
+        for clip in fields["clips"]
+    )
+    shard = Shard(**fields | {"clips": clips, "recipe": Recipe(**fields["recipe"])})
+    if note_if_done(shard, plan["fingerprint"]) is None:
+        write(shard, plan["fingerprint"], read_records(clips, shard.recipe, workers))
+
+
+def _fingerprint(shard: Shard) -> str:
+    known = {
+        "format": _FORMAT,
+        "recipe": shard.recipe.to_json(),
+        "clips": [dataclasses.asdict(clip) for clip in shard.clips],
+        "files": [
+            _stamp(path)
+            for clip in shard.clips
+            for path in (clip.video, clip.audio, clip.teacher_video, clip.teacher_audio)
+        ],
+    }
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _stamp(path: str | None) -> list[Any]:
+    """Size and time of a file, or time and names of a folder; empty when there is none.
+
+    Raises:
+        OutageError: that is not known now.
+    """
+    if not path:
+        return []
+    try:
+        with outages.reaching(path):
+            if is_remote(path):
+                status = epath.Path(path).stat()
+                size, time, is_folder = status.length, status.mtime, status.is_directory
+            else:
+                status = os.stat(path)
+                size, time, is_folder = status.st_size, status.st_mtime_ns, os.path.isdir(path)
+            if is_folder:
+                return [time, sorted(entry.name for entry in epath.Path(path).iterdir())]
+    except OSError:  # reading it will say what the matter is
+        return []
+    return [size, time]

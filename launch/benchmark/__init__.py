@@ -1,0 +1,1 @@
+"""Measures reading, training and caching beside something outside this project."""

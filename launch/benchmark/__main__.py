@@ -1,0 +1,50 @@
+"""What this project's parts reach, beside something outside it, measured in one run.
+
+python -m launch.benchmark input [--clips=N] [--seconds=N] [...]
+python -m launch.benchmark train [--config=FILE] [--batch=N] [...]
+python -m launch.benchmark cache --data=DIR [--config=FILE] [--batch=N] [...]
+
+Each command prints a table, and last a line of JSON with the same numbers.
+"""
+
+import argparse
+import sys
+
+from launch.benchmark import cache, train
+from launch.benchmark import input as benchmark_input
+from save_jax.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.benchmark", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add(commands, "input", benchmark_input)
+    _add(commands, "train", train)
+    _add(commands, "cache", cache)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add(commands: argparse._SubParsersAction, name: str, module) -> None:
+    """Adds the command that a module is: its first line of text, `add_flags` and `run`."""
+    summary = module.__doc__.splitlines()[0]
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_flags(parser)
+    parser.set_defaults(run=module.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The training step from a cache of what frozen encoders make, and the step that computes it all.
+
+Of one config, with CLIP and AST frozen, on prepared data: writes a cache, then takes turns of steps
+with it and without. Both ways go through the functions of the training loop, reading included: a
+step's time runs from asking for its batch to having its loss.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from launch.sweep import points
+from save_jax import config as configuration
+from save_jax import main, sharding, train
+from save_jax.cache import __main__ as command
+from save_jax.errors import UserError
+
+FROZEN = {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0}  # rates
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("--config", default="configs/msrvtt.py", help="(default: %(default)s)")
+    parser.add_argument("--data", required=True, help="a prepared directory, as config.data.dir")
+    parser.add_argument("--batch", type=int, default=0, help="clips; 0: the config's batch_size")
+    parser.add_argument("--steps", type=int, default=2, help="a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
+    parser.add_argument("--dtype", default="float16", help="of AST's states (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures everything, prints a table and a line of JSON; returns what the JSON says.
+
+    Raises:
+        UserError: a flag or the config is wrong, or there are no prepared data.
+    """
+    if options.steps < 1 or options.turns < 1 or options.batch < 0:
+        raise UserError("expected --steps and --turns of at least 1, and --batch of at least 0")
+    overrides = [f"--config.{setting}" for setting in options.set]
+    overrides += [f"--config.optimizer.{group}={rate}" for group, rate in FROZEN.items()]
+    overrides.append(f"--config.data.dir={options.data}")
+    if options.batch:
+        overrides.append(f"--config.batch_size={options.batch}")
+    config = points.resolve(options.config, overrides)
+    with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-") as folder:
+        started = time.monotonic()
+        split = config["data"]["train_split"]
+        command.run(config, folder, splits=[split], dtype=options.dtype)
+        writing = time.monotonic() - started
+        size = sum(path.stat().st_size for path in pathlib.Path(folder).glob("*/*.npy"))
+        total = 1 + options.turns * options.steps
+        ways = {
+            "computed": steps(config, total),
+            "cached": steps({**config, "cache": {"dir": folder}}, total),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        losses: dict[str, list[float]] = {name: [] for name in ways}
+        compiling = {name: next(way)[0] for name, way in ways.items()}
+        for _ in range(options.turns):
+            for name, way in ways.items():
+                for _ in range(options.steps):
+                    elapsed, loss = next(way)
+                    seconds[name].append(elapsed)
+                    losses[name].append(loss)
+    step = {name: statistics.median(found) for name, found in seconds.items()}
+    result = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "dtype": config["dtype"],
+        "batch": config["batch_size"],
+        "step_seconds": step,
+        "clips_per_second": {name: config["batch_size"] / x for name, x in step.items()},
+        "first_step_seconds": compiling,
+        "ratio": step["computed"] / step["cached"],
+        "largest_difference_of_losses": max(
+            abs(a - b) for a, b in zip(losses["computed"], losses["cached"], strict=True)
+        ),
+        "cache_bytes": size,
+        "writing_seconds": writing,
+    }
+    for name, x in step.items():
+        print(f"{name:<10}{x:>10.3f} s a step{config['batch_size'] / x:>12.2f} clips/s")
+    print(
+        f"{result['ratio']:.1f} times the clips/s from the cache ({size / 1e6:.1f} MB); losses "
+        f"differ by up to {result['largest_difference_of_losses']:.1e}"
+    )
+    print(json.dumps(result))
+    return result
+
+
+def steps(config: dict[str, Any], count: int) -> Iterator[tuple[float, float]]:
+    """Trains step by step; yields each one's seconds and loss. The first compiles."""
+    if config["dtype"] == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    model, loss = configuration.model_config(config), configuration.loss_config(config)
+    rates = configuration.optimizer_config(config, count)
+    mesh = sharding.make_mesh(config["mesh"])
+    sharding.check_batch_size("batch_size", config["batch_size"], mesh)
+    data = main.Data(config)
+    training = data.training()
+    graphdef, state = train.create_state(model, rates, config["seed"], mesh)
+    data.use_cache({**state.trained, **state.frozen}, rates, mesh)
+    step = train.jit_train_step(
+        train.make_train_step(graphdef, rates, loss, mesh, config["micro_batch"]), state
+    )
+    batches = sharding.prefetch(training.batches(0, count), mesh)
+    for _ in range(count):
+        started = time.monotonic()
+        _, batch = next(batches)
+        state, scalars = step(state, batch)
+        value = float(scalars["loss"])
+        # The loss is there before the update is.
+        jax.block_until_ready(state)
+        yield time.monotonic() - started, value

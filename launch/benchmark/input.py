@@ -1,0 +1,393 @@
+"""Reading prepared clips and preparing them, beside the reference's way with the same files.
+
+Makes H.264 clips with AAC sound, prepares them as JPEG and raw, and measures
+
+- reading: `train_batches` with frames, filterbank, texts and teacher's vectors, against what the
+  reference does each time it needs a clip: OpenCV, one seek a frame, PIL resize and crop, and the
+  filterbank of a .wav (extracted beforehand, at no cost to it; the filterbank is our own code's,
+  which needs no torchaudio);
+- preparing: from a file to the arrays, and to the record that is stored, against the same; for
+  clips of one shot and of shots of five seconds, because the more key frames there are, the less a
+  seek costs;
+- how preparing gains from more processes, and how much memory reading takes.
+
+"A core" means: for each second of processor time that the process and its threads took, which other
+work on the machine changes little.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from data_pipelines.datasets.types import Clip
+from data_pipelines.modalities import audio, record
+from data_pipelines.modalities import video as video_files
+from data_pipelines.prepare import prepare
+from data_pipelines.recipe import Recipe
+from save_jax.errors import UserError
+
+WIDTH, HEIGHT, FPS, SOUND_RATE = 320, 240, 25, 44100
+SHOT_SECONDS = 5
+# How many of the clips are made; the others are further names of the same files.
+_DISTINCT = 4
+# The steepness of a picture's spectrum. This one gives H.264 files of about 400 kbit/s with x264's
+# own settings, and JPEG frames of about 35 kB.
+_STEEPNESS = 1.2
+_CAPTIONS = 20
+_MEBIBYTE = 2**20
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("--clips", type=int, default=64, help="clips to prepare (default: 64)")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="each measurement's length (default: 10)"
+    )
+    parser.add_argument(
+        "--clip_seconds", type=int, default=15, help="each clip's length (default: 15)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--workers", type=int, default=0, help="0: one a processor (default)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures everything, prints a table and a line of JSON; returns what the JSON says.
+
+    Raises:
+        UserError: a flag is out of range, or OpenCV is not installed.
+    """
+    _check(options)
+    workers = options.workers or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-") as folder:
+        root = pathlib.Path(folder)
+        print(f"Making clips of {options.clip_seconds} s and preparing {options.clips} of them.")
+        long_shot = make_clip(root / "one.mp4", 0, options.clip_seconds, options.clip_seconds)
+        clips = _make_data_set(root / "clips", options.clips, options.clip_seconds)
+        reading, preparing = {}, {}
+        for encoding in ("jpeg", "raw"):
+            out = root / encoding
+            with contextlib.redirect_stdout(sys.stderr):
+                prepare(
+                    "folder",
+                    root=str(root / "clips"),
+                    out=str(out),
+                    recipe=Recipe(encoding=encoding),
+                    workers=workers,
+                )
+            reading[encoding] = _in_own_process(
+                read_batches, str(out), options.batch_size, options.seconds
+            )
+        cut = [clip.video for clip in clips[:_DISTINCT]]
+        for shots, videos in (("one_shot", [str(long_shot)]), ("shots_of_5_s", cut)):
+            preparing[shots] = {
+                way.__name__: _in_own_process(_repeat, way, videos, options.seconds)
+                for way in (reference, to_arrays, to_record)
+            }
+        one, all_workers = _prepare_with(clips, 1), _prepare_with(clips, workers)
+    # The reference prepares nothing: it does this each time it needs a clip.
+    reading["reference"] = preparing["shots_of_5_s"]["reference"]
+    for group in (reading, *preparing.values()):
+        for rate in group.values():
+            rate["times_reference"] = rate["a_core"] / group["reference"]["a_core"]
+    results = {
+        "clip_seconds": options.clip_seconds,
+        "batch_size": options.batch_size,
+        "reading": reading,
+        "preparing": preparing,
+        "scaling": {"workers": workers, "one": one, "all": all_workers, "times": all_workers / one},
+    }
+    print(_table(results))
+    print(json.dumps(results))
+    return results
+
+
+def make_clip(path: pathlib.Path, seed: int, seconds: int, shot_seconds: int) -> pathlib.Path:
+    """Writes an H.264 file with AAC sound, 320×240 at 25 frames a second, and a .wav beside it.
+
+    Each shot moves over a picture whose spectrum falls as that of photographs does, with another
+    one going round in it. The encoders' settings are their own.
+    """
+    rng = np.random.default_rng([seed, shot_seconds])
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=Fraction(FPS))
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        sound = container.add_stream("aac", rate=SOUND_RATE, layout="stereo")
+        for pixels in _pictures(rng, seconds * FPS, shot_seconds * FPS):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(_sound(rng, seconds), format="fltp", layout="stereo")
+        frame.sample_rate = SOUND_RATE
+        container.mux(sound.encode(frame))
+        for stream in (video, sound):
+            container.mux(stream.encode(None))
+    _write_wav(path.with_suffix(".wav"), audio.read_waveform(path))
+    return path
+
+
+def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and filterbank of a clip as the reference reads them, each time.
+
+    OpenCV decodes with one thread, which takes it less processor time than its own choice.
+    """
+    cv2 = _opencv()
+    capture = cv2.VideoCapture(video, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    fps = int(capture.get(cv2.CAP_PROP_FPS))
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    recipe = Recipe()
+    frames = []
+    for position in range(0, count, fps):
+        capture.set(cv2.CAP_PROP_POS_FRAMES, position)
+        there, pixels = capture.read()
+        if not there:
+            break
+        image = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+        frames.append(video_files.fit(image, recipe.image_size))
+    capture.release()
+    kept = [frames[i] for i in video_files.keep_evenly(len(frames), recipe.max_frames)]
+    waveform = audio.read_waveform(pathlib.Path(video).with_suffix(".wav"))
+    return np.stack(kept), audio.fbank(waveform, recipe)
+
+
+def to_arrays(video: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a clip as preparation makes them, the sound from the video itself."""
+    recipe = Recipe()
+    frames = video_files.decode_frames(video, recipe)
+    return frames, audio.fbank(audio.read_waveform(video), recipe)
+
+
+def to_record(video: str) -> record.Record:
+    """All that is stored of a clip: the same arrays, the frames as JPEG."""
+    return record.read_record(_clip("clip", video), Recipe())
+
+
+def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, float]:
+    """Reads batches for some seconds, in this process.
+
+    Returns:
+        What `_rate` gives, and this process's memory in MiB: `memory_before` reading, and at its
+        most, `memory_peak`.
+    """
+    from data_pipelines import input as pipeline
+    from save_jax.tokenizer import Tokenizer
+
+    before = _memory("VmRSS")
+    split = pipeline.open_split(data_dir, "folder", "default", "train", {})
+    batches = pipeline.train_batches(
+        split,
+        batch_size=batch_size,
+        seed=0,
+        start_step=0,
+        total_steps=10**9,
+        max_words=32,
+        sound=True,
+        speech=True,
+        teacher=True,
+        tokenizer=Tokenizer(),
+    )
+    for _ in range(4):  # as many as are read ahead, so that as many are at the end
+        next(batches)
+    rate = _rate(lambda: next(batches), batch_size, seconds)
+    return {**rate, "memory_before": before, "memory_peak": _memory("VmHWM")}
+
+
+def _in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own: what one leaves in memory is not another's."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def _repeat(way: Callable[[str], Any], videos: list[str], seconds: float) -> dict[str, float]:
+    """The rate of `way` with all of these videos, again and again, in this process."""
+    way(videos[0])  # what is done once only
+    return _rate(lambda: [way(video) for video in videos], len(videos), seconds)
+
+
+def _rate(step: Callable[[], Any], clips: int, seconds: float) -> dict[str, float]:
+    """How fast a step of so many clips is: clips `a_second` that passes, and `a_core`."""
+    done, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds or not done:
+        step()
+        done += clips
+    return {
+        "a_second": done / (time.perf_counter() - wall),
+        "a_core": done / (time.process_time() - cpu),
+    }
+
+
+def _prepare_with(clips: list[Clip], workers: int) -> float:
+    """Clips a second prepared by so many processes, from the first finished clip to the last."""
+    found = record.read_records(clips, Recipe(), workers)
+    next(found)
+    start = time.perf_counter()
+    return sum(1 for _ in found) / (time.perf_counter() - start)
+
+
+def _table(results: dict[str, Any]) -> str:
+    reading, preparing, scaling = (results[key] for key in ("reading", "preparing", "scaling"))
+    seconds = results["clip_seconds"]
+    lines = [f"{'':<46}{'clips/s a core':>15}{'ms a clip':>11}{'× reference':>13}"]
+
+    def rows(title: str, group: dict[str, dict[str, float]], names: dict[str, str]) -> None:
+        lines.append(title)
+        for key, name in names.items():
+            rate, times = group[key]["a_core"], group[key]["times_reference"]
+            lines.append(f"  {name:<44}{rate:>15.1f}{1000 / rate:>11.1f}{times:>13.1f}")
+
+    rows(
+        f"Reading (12 frames of 224², filterbank, texts), batches of {results['batch_size']}",
+        reading,
+        {
+            "jpeg": "train_batches from JPEG",
+            "raw": "train_batches from raw frames",
+            "reference": "the reference's way, from the video",
+        },
+    )
+    shots = {"one_shot": "one shot", "shots_of_5_s": f"shots of {SHOT_SECONDS} s"}
+    for key, words in shots.items():
+        rows(
+            f"Preparing a clip of {seconds} s, {HEIGHT}p, {words}",
+            preparing[key],
+            {
+                "to_arrays": "frames and filterbank from the video",
+                "to_record": "the same, and frames to JPEG",
+                "reference": "the reference's way, the sound from a .wav",
+            },
+        )
+    lines.append(
+        f"Preparing with 1 process {scaling['one']:.1f} clips/s, with {scaling['workers']} "
+        f"{scaling['all']:.1f} clips/s: {scaling['times']:.2f} times"
+    )
+    for encoding in ("jpeg", "raw"):
+        before, peak = (reading[encoding][f"memory_{when}"] for when in ("before", "peak"))
+        lines.append(
+            f"Memory of reading {encoding}: {peak:.0f} MiB at most, {before:.0f} MiB before reading"
+        )
+    return "\n".join(lines)
+
+
+def _make_data_set(root: pathlib.Path, count: int, seconds: int) -> list[Clip]:
+    """Makes a folder of videos with captions and transcripts, most of them links to a few."""
+    root.mkdir()
+    ids = [f"clip{number:05d}" for number in range(count)]
+    for number, video_id in enumerate(ids):
+        path = root / f"{video_id}.mp4"
+        if number < _DISTINCT:
+            make_clip(path, number, seconds, SHOT_SECONDS)
+            continue
+        source = root / f"{ids[number % _DISTINCT]}.mp4"
+        try:
+            os.link(source, path)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, path)
+    with (root / "captions.csv").open("w", newline="") as file:
+        rows = [(i, f"caption {n} of {i}", "train") for i in ids for n in range(_CAPTIONS)]
+        csv.writer(file).writerows([("video_id", "caption", "split"), *rows])
+    spoken = [{"key": f"{i}.mp4", "text": f"what is said in {i}"} for i in ids]
+    (root / "asr.json").write_text(json.dumps(spoken))
+    return [_clip(video_id, str(root / f"{video_id}.mp4")) for video_id in ids]
+
+
+def _clip(video_id: str, video: str) -> Clip:
+    return Clip(
+        video_id=video_id,
+        video=video,
+        audio=None,
+        captions=(),
+        groups=(),
+        teacher_video=None,
+        teacher_audio=None,
+    )
+
+
+def _pictures(rng: np.random.Generator, count: int, shot: int) -> Iterator[np.ndarray]:
+    for number in range(count):
+        time_in_shot = number % shot
+        if time_in_shot == 0:
+            back, front = _texture(rng, 512), _texture(rng, 96)
+            start, velocity = rng.uniform(0, 512, 2), rng.uniform(-1, 1, 2)
+        y, x = (start + velocity * time_in_shot).astype(int)
+        # It goes on at its other side without a seam.
+        pixels = back.take(np.arange(y, y + HEIGHT), 0, mode="wrap")
+        pixels = pixels.take(np.arange(x, x + WIDTH), 1, mode="wrap")
+        y = int(72 + 60 * np.sin(time_in_shot / 9))
+        x = int(112 + 90 * np.cos(time_in_shot / 7))
+        pixels[y : y + 96, x : x + 96] = front
+        yield pixels
+
+
+def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A random picture, uint8 [size, size, 3], of few fine details and much the same hue."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    frequency[0, 0] = 1
+    noise = np.fft.rfft2(rng.standard_normal((3, size, size)))
+    light, red, blue = np.fft.irfft2(noise * frequency**-_STEEPNESS, s=(size, size))
+    colours = np.stack([light + 0.2 * red, light, light + 0.2 * blue], axis=-1)
+    colours = 120 + 50 * (colours - colours.mean()) / colours.std()
+    return np.clip(colours, 0, 255).astype(np.uint8)
+
+
+def _sound(rng: np.random.Generator, seconds: int) -> np.ndarray:
+    time = np.arange(seconds * SOUND_RATE) / SOUND_RATE
+    tones = 0.2 * np.sin(2 * np.pi * 220 * time) + 0.1 * np.sin(2 * np.pi * 1500 * time)
+    noise = 0.05 * rng.standard_normal((2, len(time)))
+    return np.ascontiguousarray(tones + noise, np.float32)
+
+
+def _write_wav(path: pathlib.Path, waveform: np.ndarray) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=audio.SAMPLE_RATE, layout="mono")
+        samples = np.round(np.clip(waveform, -1, 1) * (2**15 - 1)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = audio.SAMPLE_RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _memory(field: str) -> float:
+    """A figure of this process's memory, in MiB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(value) * 1024 / _MEBIBYTE
+
+
+def _opencv():
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "expected OpenCV, with which the reference reads videos, found none. Install it: "
+            "pip install opencv-python-headless"
+        ) from error
+    return cv2
+
+
+def _check(options: argparse.Namespace) -> None:
+    _opencv()
+    for flag, least in (("clips", 2), ("seconds", 0), ("clip_seconds", 1), ("batch_size", 1)):
+        if getattr(options, flag) < least:
+            raise UserError(
+                f"expected --{flag} of at least {least}, found {getattr(options, flag)}."
+            )
+    if options.workers < 0:
+        raise UserError(f"expected --workers of at least 0, found {options.workers}.")
+    if options.batch_size > options.clips * _CAPTIONS:
+        raise UserError(
+            f"expected --batch_size of at most {_CAPTIONS} for each of the {options.clips} clips, "
+            f"found {options.batch_size}."
+        )

@@ -1,0 +1,293 @@
+"""The training step: clips/s, utilisation, and the same step in plain PyTorch, in one run.
+
+The batch is random and already in memory: reading is what `input` measures. PyTorch's step is the
+tests' reference (`tests/support/reference.py`), with fused attention and, in bfloat16, autocast; it
+runs in a process of its own, and the two take turns. Utilisation is the step's rate of
+floating-point operations over that of one large matrix product, measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch.compile import roofline
+from launch.sweep import points
+from save_jax import config as configuration
+from save_jax import sharding, train
+from save_jax.batch import Batch
+from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+
+TEACHER = 1024  # width of ImageBind's vectors
+TOTAL_STEPS = 1000  # of the schedule; what is measured is its beginning
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("--config", default="configs/msrvtt.py", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=0, help="clips; 0: the config's batch_size")
+    parser.add_argument("--steps", type=int, default=3, help="a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
+    parser.add_argument("--no_torch", action="store_true", help="leave PyTorch out")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures everything, prints a table and a line of JSON; returns what the JSON says.
+
+    Raises:
+        UserError: a flag or the config is wrong, or PyTorch's step is not to be had.
+    """
+    if options.steps < 1 or options.turns < 1 or options.batch < 0:
+        raise UserError("expected --steps and --turns of at least 1, and --batch of at least 0")
+    overrides = [f"--config.{setting}" for setting in options.set]
+    if options.batch:
+        overrides.append(f"--config.batch_size={options.batch}")
+    config = points.resolve(options.config, overrides)
+    model = configuration.model_config(config)
+    batch = random_batch(model, config)
+    torch_turn = None if options.no_torch else _start_torch(config, model, batch)
+    ours, flops, compile_seconds = _our_turn(config, model, batch)
+
+    seconds: dict[str, list[float]] = {"jax": [], "torch": []}
+    ours(1)  # the first call of each is not like the others
+    if torch_turn:
+        torch_turn(1)
+    for _ in range(options.turns):
+        seconds["jax"] += ours(options.steps)
+        if torch_turn:
+            seconds["torch"] += torch_turn(options.steps)
+    best = matrix_product_rate(config["dtype"]) * jax.device_count()
+
+    step = statistics.median(seconds["jax"])
+    result = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "dtype": config["dtype"],
+        "batch": config["batch_size"],
+        "compile_seconds": compile_seconds,
+        "step_seconds": step,
+        "clips_per_second": config["batch_size"] / step,
+        "flops": flops,
+        "matrix_product_flops_per_second": best,
+        "utilisation": flops / step / best,
+    }
+    if torch_turn:
+        theirs = statistics.median(seconds["torch"])
+        result |= {"torch_step_seconds": theirs, "ratio_to_torch": theirs / step}
+        torch_turn(0)
+    _print(result)
+    print(json.dumps(result))
+    return result
+
+
+def random_batch(model: SAVEConfig, config: dict[str, Any]) -> Batch:
+    """Random clips of a config's sizes; every one has sound and speech."""
+    rng = np.random.default_rng(0)
+    clips, frames, words = (
+        config["batch_size"],
+        config["data"]["max_frames"],
+        config["data"]["max_words"],
+    )
+    side = model.clip.image_size
+    ids = rng.integers(1, model.clip.vocab_size - 1, (2, clips, words)).astype(np.int32)
+    ids[..., -1] = model.clip.vocab_size - 1
+    audio = (clips, model.ast.fbank_frames, model.ast.mel_bins)
+    teacher = rng.standard_normal((2, clips, TEACHER)).astype(np.float32)
+    sound, speech = bool(model.sound_weight), bool(model.speech_weight)
+    aligned = bool(config["loss"]["soft_albef_weight"])
+    return Batch(
+        frames=rng.integers(0, 256, (clips, frames, side, side, 3), np.uint8),
+        frame_mask=np.ones((clips, frames), bool),
+        caption_ids=ids[0],
+        transcript_ids=ids[1] if speech else None,
+        fbank=rng.standard_normal(audio).astype(np.float16) if sound else None,
+        has_audio=np.ones(clips, bool) if sound else None,
+        teacher_video=teacher[0] if aligned else None,
+        teacher_audio=teacher[1] if aligned else None,
+        has_teacher=np.ones(clips, bool) if aligned else None,
+        index=np.arange(clips, dtype=np.int32),
+    )
+
+
+def matrix_product_rate(dtype: str) -> float:
+    """Floating-point operations a second of one large square product on one device, at best."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+Turn = Callable[[int], list[float]]  # takes so many steps; the seconds of each
+
+
+def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[Turn, float, float]:
+    """Our step, its floating-point operations, and the seconds that compiling it took."""
+    mesh = sharding.make_mesh(config["mesh"])
+    sharding.check_batch_size("batch_size", config["batch_size"], mesh)
+    rates = configuration.optimizer_config(config, TOTAL_STEPS)
+    graphdef, state = train.create_state(model, rates, config["seed"], mesh)
+    step = train.make_train_step(
+        graphdef, rates, configuration.loss_config(config), mesh, config["micro_batch"]
+    )
+    on_device = sharding.put_batch(batch, mesh)
+    flops = roofline.count_flops(jax.make_jaxpr(step)(state, on_device))
+    start = time.perf_counter()
+    compiled = train.jit_train_step(step, state).lower(state, on_device).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def turn(steps: int) -> list[float]:
+        nonlocal state
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, scalars = compiled(state, on_device)
+            jax.block_until_ready(scalars)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return turn, flops, compile_seconds
+
+
+def _start_torch(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> Turn:
+    """PyTorch's step in a process of its own, which waits while it is not its turn."""
+    try:
+        import torch  # noqa: F401, only to say so here
+
+        from tests.support import reference
+    except ImportError as error:
+        raise UserError(
+            f"PyTorch's step needs {error.name!r}: run this in a checkout of the repository with "
+            "pip install -e '.[test]', or give --no_torch"
+        ) from error
+    if not (model.sound_weight and model.speech_weight and config["loss"]["soft_albef_weight"]):
+        raise UserError("PyTorch's step is SAVE's only: for a baseline, give --no_torch")
+    clip, ast = dataclasses.asdict(model.clip), dataclasses.asdict(model.ast)
+    sizes = reference.Sizes(
+        **clip,
+        fbank_frames=ast["fbank_frames"],
+        mel_bins=ast["mel_bins"],
+        audio_width=ast["width"],
+        audio_layers=ast["layers"],
+        audio_heads=ast["heads"],
+        audio_patch=ast["patch_size"],
+        audio_stride=ast["stride"],
+        fusion_layers=model.fusion_layers,
+        fusion_heads=model.fusion_heads,
+        queries=model.audio_queries,
+    )
+    here, there = multiprocessing.Pipe()
+    arguments = (there, sizes, batch, config["dtype"], jax.default_backend() == "gpu")
+    process = multiprocessing.get_context("spawn").Process(
+        target=_torch_process, args=arguments, daemon=True
+    )
+    # OpenMP's threads wait by spinning, which would take our step's processors from it.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    process.start()
+
+    def turn(steps: int) -> list[float]:
+        try:
+            here.send(steps)
+            return here.recv()
+        except (EOFError, BrokenPipeError) as error:
+            raise UserError("PyTorch's process ended; its own message is above") from error
+
+    return turn
+
+
+def _torch_process(orders: Connection, sizes: Any, batch: Batch, dtype: str, on_gpu: bool) -> None:
+    """Takes the steps that are asked for; 0 ends it."""
+    import torch
+
+    from tests.support import reference
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.set_default_device(device)
+    reference.ASTAttention.forward = _fused_attention
+    model = reference.SAVE(sizes)
+    parameters = dict(model.named_parameters())
+    for name, value in parameters.items():
+        value.requires_grad_(reference.PEAK_RATES[reference.group_of(name)] > 0)
+    adam = reference.BertAdam(parameters, TOTAL_STEPS)
+    arrays = {
+        name: torch.tensor(value, device=device)
+        for name, value in batch._asdict().items()
+        if value is not None
+    }
+
+    def step() -> None:
+        for value in parameters.values():
+            value.grad = None
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            text = model.clip.text(arrays["caption_ids"])
+            video = model.video(
+                *(arrays[name] for name in ("frames", "frame_mask", "fbank", "transcript_ids"))
+            )
+        text, video = text.float(), type(video)(*(x.float() for x in video))
+        loss = reference.contrastive(
+            text, video, arrays["frame_mask"], model.clip.logit_scale, 0.2, 0.1
+        ) + reference.soft_albef(
+            video.visual,
+            video.audio,
+            *(arrays[name] for name in ("teacher_video", "teacher_audio", "has_audio")),
+        )
+        loss.backward()
+        adam.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    while steps := orders.recv():
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        orders.send(seconds)
+    orders.send([])
+
+
+def _fused_attention(self: Any, x: Any) -> Any:
+    """The reference's attention of AST, by PyTorch's fused kernel."""
+    import torch
+
+    batch, tokens, width = x.shape
+    qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+    return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"{result['device']}, {result['dtype']}, batch {result['batch']}")
+    rows = [("", "s a step", "clips/s")]
+    rows.append(("save_jax", f"{result['step_seconds']:.3f}", f"{result['clips_per_second']:.2f}"))
+    if "torch_step_seconds" in result:
+        theirs = result["torch_step_seconds"]
+        rows.append(("PyTorch", f"{theirs:.3f}", f"{result['batch'] / theirs:.2f}"))
+    for name, step, clips in rows:
+        print(f"{name:<10}{step:>10}{clips:>10}")
+    if "ratio_to_torch" in result:
+        print(f"save_jax takes {result['ratio_to_torch']:.2f} x PyTorch's clips/s")
+    print(
+        f"{result['flops'] / 1e9:,.0f} GFLOP a step, {result['utilisation']:.1%} of a matrix "
+        f"product's {result['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s; compiled in "
+        f"{result['compile_seconds']:.0f} s"
+    )

@@ -1,0 +1,510 @@
+"""Compiles a config's programs for devices that are not there, and says what they would take.
+
+python -m launch.compile --config=configs/NAME.py --topology=v5e:2x4 [--batch=N] [--json]
+    [--config.KEY=VALUE ...]
+
+The training step and both halves of evaluation go through the compiler of the target as they would
+in a run: nothing is computed, and no accelerator is needed. The table says, for one chip, what
+memory they take, what they compute and move and send, and the least time that leaves.
+
+A topology is a TPU slice (v4:2x2x2, v5e:2x4, v5p:2x2x2, v6e:2x4 and other shapes), cpu:N, gpu:N or
+"here", the devices of this machine; with several, comma-separated, each has one line.
+
+Exit codes: 0 it fits, 1 it does not, 2 a mistake of the user.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from data_pipelines.recipe import Recipe
+from launch.compile import hlo, roofline
+from launch.compile.roofline import CHIPS, GIB, Chip
+from launch.sweep import points
+from save_jax import config as configuration
+from save_jax import evaluate, sharding, train
+from save_jax.batch import Batch
+from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+
+# Without these, the TPU compiler asks a metadata server who it is, and takes a lock that only the
+# one user of real chips needs.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+REMEDIES = (
+    "a larger topology, a smaller --batch, --config.micro_batch=N (clips encoded at once), "
+    "--config.model.remat=products or blocks, --config.mesh.fsdp=N (slices the parameters)"
+)
+
+
+class Target(NamedTuple):
+    """What to compile for.
+
+    Attributes:
+        name: as the user gave it.
+        devices: real ones, or descriptions.
+        platform: "tpu", "gpu" or "cpu".
+        chip: its published figures, where we have them.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    platform: str
+    chip: Chip | None
+
+
+class Measured(NamedTuple):
+    """What one program takes of one chip.
+
+    Attributes:
+        arguments, output, temporaries, code: bytes; output without what takes an argument's place.
+        needed: bytes in all, or what the compiler said it would take when that is too much.
+        fits: whether it compiled, and fits the chip.
+        flops: of the chip's matrix products.
+        compiler_flops: what the compiler itself counts, a loop's body once.
+        hbm_bytes: moved between chip and HBM.
+        collectives: by kind.
+        unknown_loops: loops whose length the compiled text does not say; taken to run once.
+        seconds: of compilation.
+        limits: the least time by compute, memory and interconnect.
+    """
+
+    arguments: float
+    output: float
+    temporaries: float
+    code: float
+    needed: float
+    fits: bool
+    flops: float
+    compiler_flops: float
+    hbm_bytes: float
+    collectives: dict[str, hlo.Collective]
+    unknown_loops: int
+    seconds: float
+    limits: roofline.Roofline | None
+
+
+def find_target(name: str) -> Target:
+    """The devices that a topology's name means.
+
+    Raises:
+        UserError: there is no such topology, or what compiles for it is missing.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in CHIPS:
+        return Target(name, _tpu_devices(kind, shape), "tpu", CHIPS[kind])
+    if name == "here":
+        devices = jax.devices()
+        kinds = {chip.kind: chip for chip in CHIPS.values()}
+        return Target(name, devices, devices[0].platform, kinds.get(devices[0].device_kind))
+    if kind in ("cpu", "gpu") and re.fullmatch(r"[1-9][0-9]*", shape):
+        return Target(name, _local_devices(kind, int(shape)), kind, None)
+    known = "; ".join(chip.shapes for chip in CHIPS.values())
+    raise UserError(
+        f"--topology={name}: expected a TPU slice ({known}; other shapes of these chips too), "
+        "cpu:N, gpu:N, or here"
+    )
+
+
+def _tpu_devices(kind: str, shape: str) -> list[jax.Device]:
+    if not importlib.util.find_spec("libtpu"):
+        raise UserError(
+            "compiling for TPU needs the package libtpu, its compiler (Linux on x86-64): "
+            "pip install 'save_jax[compile]'"
+        )
+    for key, value in LIBTPU.items():
+        os.environ.setdefault(key, value)
+    options: dict[str, Any] = {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # both cores as one device, as Cloud TPU has them
+    if re.fullmatch(r"1(x1)*", shape):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{shape}", **options
+        ).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"--topology={kind}:{shape}: the TPU compiler knows no such slice ({error}); "
+            f"try {CHIPS[kind].shapes}"
+        ) from error
+
+
+def _local_devices(kind: str, count: int) -> list[jax.Device]:
+    if kind == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", count)
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError as error:
+        raise UserError(
+            f"--topology={kind}:{count}: JAX sees no {kind} here, and its GPU compiler asks the "
+            "device itself. On a machine with a GPU: pip install 'save_jax[cuda]', and "
+            "--topology=here"
+        ) from error
+    if len(devices) < count:
+        raise UserError(f"--topology={kind}:{count}: JAX has only {len(devices)} such devices here")
+    return devices[:count]
+
+
+#### The programs of a run, with shapes in place of arrays.
+
+
+def batch_shapes(config: dict[str, Any], model: SAVEConfig, size: int, *, training: bool) -> Batch:
+    """A global batch as the data pipelines make it for this config, its shapes only."""
+    data = config["data"]
+    frames, words, side = data["max_frames"], data["max_words"], model.clip.image_size
+
+    def rows(dtype: str, *shape: int, wanted: float = True) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((size, *shape), dtype) if wanted else None
+
+    teacher = training and bool(config["loss"]["soft_albef_weight"])
+    sound = bool(model.sound_weight)
+    return Batch(
+        frames=rows("uint8", frames, side, side, 3),
+        frame_mask=rows("bool", frames),
+        caption_ids=rows("int32", words, wanted=training),
+        transcript_ids=rows("int32", words, wanted=model.speech_weight),
+        fbank=rows("float16", model.ast.fbank_frames, model.ast.mel_bins, wanted=sound),
+        has_audio=rows("bool", wanted=sound),
+        teacher_video=rows("float32", Recipe().teacher_size, wanted=teacher),
+        teacher_audio=rows("float32", Recipe().teacher_size, wanted=teacher),
+        has_teacher=rows("bool", wanted=teacher),
+        index=rows("int32"),
+    )
+
+
+def trace_programs(
+    config: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+    devices: Sequence[jax.Device],
+    *,
+    training_only: bool = False,
+) -> dict[str, jax.stages.Traced]:
+    """What `save_jax.main` compiles for this config on this mesh, by name, traced.
+
+    Args:
+        config: all of its values.
+        mesh: where arrays lie.
+        devices: what the programs are for.
+        training_only: leaves out evaluation's.
+
+    Raises:
+        UserError: the config does not fit the mesh, or contradicts itself.
+    """
+    configuration.check_run(config)
+    if config["cache"]["dir"]:
+        raise UserError(
+            "config.cache.dir is set: what is compiled here computes everything; leave it empty"
+        )
+    for key in ("batch_size", "eval_batch_size", "micro_batch"):
+        if key != "micro_batch" or config[key]:
+            sharding.check_batch_size(key, config[key], mesh)
+    model = configuration.model_config(config, devices)
+    loss = configuration.loss_config(config)
+    # The number of steps is one constant of the program; without data there is no other.
+    rates = configuration.optimizer_config(config, config["steps"] or 1)
+    graphdef, state = train.abstract_state(model, rates, mesh)
+    step = train.jit_train_step(
+        train.make_train_step(graphdef, rates, loss, mesh, config["micro_batch"]), state
+    )
+    # As `save_jax.main` does: else a TPU would multiply float32 in bfloat16.
+    precision = "highest" if config["dtype"] == "float32" else None
+    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+        batch = batch_shapes(config, model, config["batch_size"], training=True)
+        programs = {"training step": step.trace(state, sharding.abstract_batch(batch, mesh))}
+        if training_only:
+            return programs
+        size = config["eval_batch_size"]
+        evaluator = evaluate.Evaluator(graphdef, mesh, size, loss.local_weight)
+        params = {**state.trained, **state.frozen}
+        batch = batch_shapes(config, model, size, training=False)
+        ids = jax.ShapeDtypeStruct(
+            (size, config["data"]["max_words"]), "int32", sharding=sharding.batch_sharding(mesh)
+        )
+        programs["video embedding"] = evaluator.encode_video.trace(
+            params, sharding.abstract_batch(batch, mesh)
+        )
+        programs["caption embedding"] = evaluator.encode_text.trace(params, ids)
+    return programs
+
+
+#### What they take.
+
+
+def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float) -> Measured:
+    """Compiles a program and reads what the compiler says of it.
+
+    Args:
+        traced: the program.
+        target: what it is for.
+        dtype: of its matrix products.
+        flops: of the whole program, on all devices.
+    """
+    devices = len(target.devices)
+    lowered = traced.lower()
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _out_of_memory(str(error))
+        if not needed:
+            raise
+        unknown = (math.nan,) * 4
+        return Measured(
+            *unknown, needed, False, flops / devices, math.nan, math.nan, {}, 0,
+            time.monotonic() - start, None,
+        )  # fmt: skip
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    needed = arguments + output + temporaries + code
+    program = hlo.Program(_text(lowered, compiled))
+    collectives = program.collectives(devices)
+    hbm_bytes = program.hbm_bytes()
+    sent = math.fsum(each.bytes for each in collectives.values())
+    chip = target.chip
+    return Measured(
+        arguments,
+        output,
+        temporaries,
+        code,
+        needed,
+        chip is None or needed <= chip.memory,
+        flops / devices,
+        (compiled.cost_analysis() or {}).get("flops", math.nan),
+        hbm_bytes,
+        collectives,
+        program.unknown_loops,
+        seconds,
+        roofline.roofline(chip, dtype, flops / devices, hbm_bytes, sent) if chip else None,
+    )
+
+
+def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+    """A compiled program's text."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # libtpu 0.0.52 cannot read back some of its programs for v6e. What it writes while it
+        # compiles says the same.
+        with tempfile.TemporaryDirectory(prefix="save_jax-compile-") as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            lowered.compile(compiler_options=options)
+            (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return path.read_text()
+
+
+def _out_of_memory(message: str) -> float:
+    """Bytes that the compiler would have needed; 0 if that is not what the message is about."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return 0.0
+    used = re.search(
+        r"(?:Used |HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)"
+        r"(?: of [\d.]+[KMGT]? hbm|\) exceeds available HBM)",
+        message,
+    )
+    if used:
+        number, unit = used.groups()
+        return float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[unit]
+    return math.inf  # of another memory, or in words that are new
+
+
+def report(
+    config: dict[str, Any], target: Target, *, training_only: bool = False
+) -> dict[str, Measured]:
+    """Compiles all programs of a config for a target."""
+    mesh = sharding.make_mesh(config["mesh"], target.devices)
+    programs = trace_programs(config, mesh, target.devices, training_only=training_only)
+    counted = programs
+    if target.platform == "gpu":  # a fused kernel does not show what it multiplies
+        plain = {**config, "model": {**config["model"], "attention": "xla"}}
+        counted = trace_programs(plain, mesh, target.devices, training_only=training_only)
+    return {
+        name: measure(traced, target, config["dtype"], roofline.count_flops(counted[name].jaxpr))
+        for name, traced in programs.items()
+    }
+
+
+#### What is printed.
+
+
+def table(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
+    """Rows of quantities, a column a program; everything of one chip."""
+    room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
+    mesh = ", ".join(f"{name} {n}" for name, n in _mesh(config, target).items())
+    lines = [
+        f"{target.name}: {len(target.devices)} devices ({target.devices[0].device_kind}; {mesh}), "
+        f"{config['dtype']}, {config['batch_size']} clips a training step, "
+        f"{config['eval_batch_size']} at once in evaluation",
+        "",
+        f"{'each device':28}" + "".join(f"{name:>20}" for name in measured),
+    ]
+
+    def row(label: str, text: Any) -> None:
+        cells = [text(m) for m in measured.values()]
+        if any(cells):
+            lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells))
+
+    row("memory, GiB: arguments", lambda m: _number(m.arguments / GIB))
+    row("  output, not in their place", lambda m: _number(m.output / GIB))
+    row("  temporaries", lambda m: _number(m.temporaries / GIB))
+    row("  program", lambda m: _number(m.code / GIB))
+    row(f"  together{room}", lambda m: _number(m.needed / GIB) + ("" if m.fits else " NO"))
+    row("matrix products, TFLOP", lambda m: _number(m.flops / 1e12))
+    row("HBM traffic, GB (estimate)", lambda m: _number(m.hbm_bytes / 1e9))
+    kinds = sorted({kind for m in measured.values() for kind in m.collectives})
+    for kind in kinds:
+        row(f"{kind}, MB received", lambda m, kind=kind: _collective(m.collectives.get(kind)))
+    if target.chip:
+        for name in roofline.Roofline._fields:
+            row(
+                f"least time by {name}, ms",
+                lambda m, name=name: _number(getattr(m.limits, name) * 1e3) if m.limits else "",
+            )
+        row(
+            "roofline, ms",
+            lambda m: f"{m.limits.bound} {_number(m.limits.seconds * 1e3)}" if m.limits else "",
+        )
+    row("compile time, s", lambda m: f"{m.seconds:.1f}")
+    loops = sum(m.unknown_loops for m in measured.values())
+    if loops:
+        lines.append(f"{loops} loops of unknown length are counted once")
+    return "\n".join(lines)
+
+
+HEAD = ("topology", "batch", "GiB a chip", "TFLOP a chip", "HBM GB", "sent MB")
+HEAD += ("least step", "bound", "clips/s at most", "compiled in")
+
+
+def summary(config: dict[str, Any], target: Target, step: Measured) -> tuple[str, ...]:
+    """The training step's row in a table of topologies."""
+    room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
+    limits = step.limits
+    return (
+        target.name,
+        str(config["batch_size"]),
+        _number(step.needed / GIB) + room + ("" if step.fits else " NO"),
+        _number(step.flops / 1e12),
+        _number(step.hbm_bytes / 1e9),
+        _number(sum(c.bytes for c in step.collectives.values()) / 1e6),
+        f"{_number(limits.seconds * 1e3)} ms" if limits else "",
+        limits.bound if limits else "",
+        f"{config['batch_size'] / limits.seconds:,.0f}" if limits else "",
+        f"{step.seconds:.0f} s",
+    )
+
+
+def as_json(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
+    """The same numbers in one line; what is not known is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, roofline.Roofline):
+            return {**value._asdict(), "seconds": value.seconds, "bound": value.bound}
+        if hasattr(value, "_asdict"):
+            return {name: plain(each) for name, each in value._asdict().items()}
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return json.dumps(
+        {
+            "topology": target.name,
+            "devices": len(target.devices),
+            "device_kind": target.devices[0].device_kind,
+            "device_memory": target.chip.memory if target.chip else None,
+            "mesh": _mesh(config, target),
+            **{k: config[k] for k in ("batch_size", "micro_batch", "eval_batch_size", "dtype")},
+            "remat": config["model"]["remat"],
+            "fits": all(m.fits for m in measured.values()),
+            "programs": {name: plain(m) for name, m in measured.items()},
+        }
+    )
+
+
+def _mesh(config: dict[str, Any], target: Target) -> dict[str, int]:
+    return dict(sharding.make_mesh(config["mesh"], target.devices).shape)
+
+
+def _number(value: float) -> str:
+    """Three digits, in plain notation where that is short."""
+    if not math.isfinite(value):
+        return "?"
+    if abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _collective(found: hlo.Collective | None) -> str:
+    return f"{found.count} × = {_number(found.bytes / 1e6)}" if found else "none"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="a config file, as in save_jax.main")
+    parser.add_argument("--topology", required=True, help="what to compile for, see above")
+    parser.add_argument("--batch", type=int, help="clips a step, in place of config.batch_size")
+    parser.add_argument("--training_only", action="store_true", help="leave out evaluation")
+    parser.add_argument("--json", action="store_true", help="also print a line of JSON each")
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        names = options.topology.split(",")
+        if "here" not in names and not any(name.startswith("gpu") for name in names):
+            jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there
+        targets = [find_target(name) for name in names]
+        if options.batch is not None:
+            overrides.append(f"--config.batch_size={options.batch}")
+        config = points.resolve(options.config, overrides)
+        return _run(config, targets, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(config: dict[str, Any], targets: list[Target], options: argparse.Namespace) -> int:
+    unfit = []
+    if len(targets) > 1:
+        print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD))
+    for target in targets:
+        measured = report(config, target, training_only=options.training_only)
+        if len(targets) > 1:
+            print("| " + " | ".join(summary(config, target, measured["training step"])) + " |")
+        else:
+            print(table(config, target, measured))
+        if options.json:
+            print(as_json(config, target, measured))
+        sys.stdout.flush()
+        unfit += [
+            f"the {name} needs {_number(m.needed / GIB)} GiB of a {target.name} chip's "
+            f"{target.chip.memory / GIB:g}"
+            for name, m in measured.items()
+            if not m.fits
+        ]
+    if unfit:
+        print(f"does not fit: {'; '.join(unfit)}. Try {REMEDIES}", file=sys.stderr)
+        return 1
+    return 0

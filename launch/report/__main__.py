@@ -1,0 +1,254 @@
+"""One table, and a plot, of all runs below a directory.
+
+python -m launch.report DIR [--metric=SumR] [--csv=FILE] [--plot=FILE [--x=KEY]]
+
+A row is a run: its name, the config keys in which the runs differ, the step and the text→video
+metrics of its last evaluation, and its state; the best by --metric is first. --metric may also be
+of the other direction or of a query group: v2t/SumR, speech/R1.
+"""
+
+import argparse
+import collections
+import csv
+import math
+import pathlib
+import sys
+from typing import Any
+
+from launch.report import runs
+from save_jax.config import flatten
+from save_jax.errors import UserError
+
+METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
+RANKS = ("MdR", "MnR")  # of these, less is better
+# Keys that say where or how a run works, not what it computes.
+PLACES = ("data.dir", "cache.dir", "mode", "log_every", "checkpoint_every")
+ABSENT = "-"
+
+
+def metric(run: runs.Run, name: str) -> float | None:
+    """A metric of a run's last evaluation: SumR, v2t/SumR, or GROUP/R1; None if it has none."""
+    if run.evaluation is None:
+        return None
+    *where, key = name.split("/")
+    if not where or where == ["t2v"]:
+        values = run.evaluation["t2v"]
+    elif where == ["v2t"]:
+        values = run.evaluation.get("v2t", {})
+    else:
+        values = run.evaluation.get("groups", {}).get("/".join(where), {}).get("t2v", {})
+    value = values.get(key)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def differing(found: list[runs.Run]) -> list[str]:
+    """Config keys in which the runs differ, in the configs' order."""
+    flat = [flatten(run.config) for run in found if run.config]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    return [
+        key
+        for key in keys
+        if key not in PLACES and len({repr(config.get(key)) for config in flat}) > 1
+    ]
+
+
+def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
+    """The best first; runs without the metric last.
+
+    Raises:
+        UserError: runs are evaluated, but none has such a metric.
+    """
+    values = [metric(run, name) for run in found]
+    if all(value is None for value in values) and any(run.evaluation for run in found):
+        groups = dict.fromkeys(
+            group for run in found if run.evaluation for group in run.evaluation.get("groups", {})
+        )
+        raise UserError(
+            f"--metric={name}: no run has it. Expected one of {', '.join(METRICS)}, or with a "
+            f"place before it: {', '.join(f'{place}/R1' for place in ('v2t', *groups))}"
+        )
+    sign = 1 if name.split("/")[-1] in RANKS else -1
+
+    def key(item: tuple[runs.Run, float | None]) -> tuple[bool, float]:
+        value = item[1]
+        missing = value is None or math.isnan(value)
+        return missing, 0.0 if missing else sign * value
+
+    return [run for run, _ in sorted(zip(found, values, strict=True), key=key)]
+
+
+def table(found: list[runs.Run], directory: pathlib.Path, name: str) -> list[dict[str, Any]]:
+    """One dictionary a run, with the same columns each; None where there is no value."""
+    keys = differing(found)
+    names = METRICS if name in METRICS else (name, *METRICS)
+    rows = []
+    for run in found:
+        config = flatten(run.config)
+        rows.append(
+            {
+                "run": run_name(run, directory),
+                **{key: config.get(key) for key in keys},
+                "step": run.step,
+                **{column: metric(run, column) for column in names},
+                "state": run.state,
+            }
+        )
+    return rows
+
+
+def run_name(run: runs.Run, directory: pathlib.Path) -> str:
+    """A run's path below the directory that is reported."""
+    below = str(run.workdir).removeprefix(str(directory)).lstrip("/")
+    return below or run.workdir.name
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The table for a terminal; numbers to the right."""
+    columns = list(rows[0])
+    cells = [[_cell(row[column], column) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    left = [
+        all(isinstance(row[column], str) or row[column] is None for row in rows)
+        for column in columns
+    ]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in [columns, *cells]
+    )
+
+
+def write_csv(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """The same table with all digits."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(found: list[runs.Run], name: str, key: str, path: pathlib.Path) -> None:
+    """Draws a metric against a config key: a dot a run, a line through the means of the seeds.
+
+    Runs that differ in other keys than `key` and `seed` get lines of their own.
+
+    Args:
+        found: the runs; those without the metric are left out.
+        name: the metric.
+        key: the swept key; "" for the only one there is.
+        path: where to; its ending says the format.
+
+    Raises:
+        UserError: matplotlib is absent, or there is nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install 'save_jax[plot]'") from error
+    keys = differing(found)
+    if not key:
+        swept = [k for k in keys if k != "seed"]
+        if len(swept) != 1:
+            raise UserError(
+                f"--plot needs --x=KEY: the runs differ in {', '.join(swept) or 'no key'}"
+            )
+        key = swept[0]
+    others = [k for k in keys if k not in (key, "seed")]
+    lines: dict[str, dict[Any, list[float]]] = {}
+    for run in found:
+        config, value = flatten(run.config), metric(run, name)
+        if value is None or math.isnan(value) or key not in config:
+            continue
+        label = ", ".join(f"{k} = {_cell(config.get(k), k)}" for k in others)
+        lines.setdefault(label, collections.defaultdict(list))[config[key]].append(value)
+    if not lines:
+        raise UserError(f"nothing to plot: no run has both {name} and config.{key}")
+
+    at = {x for line in lines.values() for x in line}
+    numeric = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in at)
+    # Without numbers, values stand side by side in the order of their names.
+    position = {
+        x: x if numeric else i for i, x in enumerate(sorted(at, key=None if numeric else str))
+    }
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, line in sorted(lines.items()):
+        xs = sorted(line, key=lambda x: position[x])
+        (drawn,) = axes.plot(
+            [position[x] for x in xs], [sum(line[x]) / len(line[x]) for x in xs], label=label
+        )
+        axes.plot(
+            [position[x] for x in xs for _ in line[x]],
+            [value for x in xs for value in line[x]],
+            "o",
+            color=drawn.get_color(),
+        )
+    if numeric:
+        if is_logarithmic(at):
+            axes.set_xscale("log")
+        if len(at) <= 12:
+            axes.set_xticks(sorted(at), [f"{x:g}" for x in sorted(at)])
+            axes.set_xticks([], minor=True)
+    else:
+        axes.set_xticks(list(position.values()), [str(x) for x in position])
+    axes.tick_params(axis="x", labelrotation=30 if len(at) > 6 else 0)
+    axes.set_xlabel(key)
+    axes.set_ylabel(name)
+    axes.grid(alpha=0.3)
+    if others:
+        axes.legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that names no format
+        raise UserError(f"--plot={path}: {error}") from error
+
+
+def is_logarithmic(values: set[float]) -> bool:
+    """Whether values span a decade or more, so that a linear axis would huddle most of them."""
+    return min(values) > 0 and max(values) >= 10 * min(values)
+
+
+def _cell(value: Any, column: str) -> str:
+    if value is None:
+        return ABSENT
+    if column.split("/")[-1] in METRICS:
+        return f"{value:.1f}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("--metric", default="SumR")
+    parser.add_argument("--csv", type=pathlib.Path, help="writes the table there too")
+    parser.add_argument("--plot", type=pathlib.Path, help="draws --metric against --x there")
+    parser.add_argument("--x", default="", help="a config key: optimizer.new")
+    options = parser.parse_args(argv)
+    try:
+        found = ordered(runs.find(options.directory), options.metric)
+        rows = table(found, options.directory, options.metric)
+        print(as_text(rows))
+        evaluations = {run_name(run, options.directory): run.evaluation for run in found}
+        problems = [problem for run in found for problem in run.problems]
+        for problem in problems + runs.incomparable(evaluations):
+            print(f"warning: {problem}", file=sys.stderr)
+        if options.csv:
+            write_csv(rows, options.csv)
+        if options.plot:
+            plot(found, options.metric, options.x, options.plot)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

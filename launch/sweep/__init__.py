@@ -1,0 +1,1 @@
+"""Runs the points of a sweep on one machine, SLURM or Kubernetes."""

@@ -1,0 +1,191 @@
+"""The points of a sweep: what a config's sweep() yields, checked and named."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from launch.report import runs
+from save_jax import config as configuration
+from save_jax.errors import UserError
+
+LONGEST_NAME = 100  # characters; file systems stop at 255, terminals earlier
+
+
+class Sweep(NamedTuple):
+    """What is to be run.
+
+    Attributes:
+        config: the config file, with its variant: configs/msrvtt.py:7k.
+        workdir: where the points' directories are.
+        base: command-line overrides of every point: ("--config.steps=5", ...).
+        points: name -> overrides.
+    """
+
+    config: str
+    workdir: str
+    base: tuple[str, ...]
+    points: dict[str, dict[str, Any]]
+
+    def arguments(self, name: str) -> list[str]:
+        """What `save_jax.main` is given for a point."""
+        return [
+            f"--config={self.config}",
+            f"--workdir={self.workdir.rstrip('/')}/{name}",
+            *self.base,
+            *(_argument(key, value) for key, value in self.points[name].items()),
+        ]
+
+
+def load(config: str, workdir: str, base: Sequence[str]) -> Sweep:
+    """The points of a config's sweep, each checked as a run would check it.
+
+    Raises:
+        UserError: there is no sweep, or a point does not fit the config.
+    """
+    swept = {argument.split("=")[0].removeprefix("--config.") for argument in base}
+    points: dict[str, dict[str, Any]] = {}
+    resolve(config, base)
+    for number, overrides in enumerate(_overrides(config), 1):
+        where = f"point {number} of sweep() in {config}"
+        if not isinstance(overrides, Mapping) or not all(isinstance(k, str) for k in overrides):
+            raise UserError(
+                f'{where} is {overrides!r}: expected a dictionary such as {{"optimizer.new": 3e-4}}'
+            )
+        if both := sorted(swept & set(overrides)):
+            raise UserError(
+                f"{where} sets {both[0]}, which the command line sets too: leave out one of them"
+            )
+        arguments = [_argument(key, value) for key, value in overrides.items()]
+        try:
+            resolved = resolve(config, [*base, *arguments])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        # The config's own types name the point: 1 and 1.0 are one learning rate.
+        point = {key: _get(resolved, key) for key in overrides}
+        for key, value in overrides.items():
+            if point[key] != value:
+                raise UserError(f"{where}: {key} = {value!r} would be read as {point[key]!r}")
+        name = point_name(point)
+        if name in points:
+            raise UserError(f"{where} is there twice: {point}")
+        points[name] = point
+    if not points:
+        raise UserError(f"sweep() in {config} yields no points")
+    return Sweep(config, workdir, tuple(base), points)
+
+
+def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A config with command-line overrides, checked for everything that needs no data.
+
+    Raises:
+        UserError: the file, a key or a value is wrong.
+    """
+    values = flags.FlagValues()
+    argv = ["", f"--config={config}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    with configuration.mistakes_named():
+        values(argv)
+        resolved = values.config.to_dict()
+    configuration.check_run(resolved)
+    configuration.model_config(resolved, devices=())  # those of the machine that runs it count
+    configuration.loss_config(resolved)
+    configuration.optimizer_config(resolved, total_steps=1)
+    return resolved
+
+
+def point_name(overrides: Mapping[str, Any]) -> str:
+    """A directory's name, a function of the overrides: "optimizer.new-0.0003__seed-1".
+
+    A hash is added where the readable part does not tell all: signs that a file system or a shell
+    would mind are replaced, and what is too long is cut.
+    """
+    exact = "__".join(f"{key}-{value}" for key, value in overrides.items()) or "base"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", exact)
+    if readable == exact and len(exact) <= LONGEST_NAME:
+        return exact
+    digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
+    return f"{readable[: LONGEST_NAME - 9].rstrip('-._')}-{digest}"
+
+
+def record(sweep: Sweep) -> None:
+    """Writes sweep.json; points that it held before are kept.
+
+    Raises:
+        UserError: it belongs to another sweep.
+    """
+    path = epath.Path(sweep.workdir) / "sweep.json"
+    points = {}
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            was, points = {"config": old["config"], "base": old["base"]}, old["points"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error!r}): restore it, or use another --workdir"
+            ) from error
+        now = {"config": sweep.config, "base": list(sweep.base)}
+        if was != now:
+            raise UserError(
+                f"{sweep.workdir} holds another sweep: {was} there, {now} now. Use another "
+                "--workdir, or what it was started with"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(
+        path,
+        {
+            "config": sweep.config,
+            "base": list(sweep.base),
+            "points": {**points, **sweep.points},
+        },
+    )
+
+
+def missing(sweep: Sweep) -> list[str]:
+    """Names of the points that are not complete, in their order."""
+    workdir = epath.Path(sweep.workdir)
+    return [name for name in sweep.points if runs.read(workdir / name).state != "complete"]
+
+
+def _overrides(config: str) -> list[Any]:
+    """What the config file's sweep() yields."""
+    path = config.split(":")[0]
+    spec = importlib.util.spec_from_file_location("swept_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: expected a config file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweep = getattr(module, "sweep", None)
+    if not callable(sweep) or inspect.signature(sweep).parameters:
+        raise UserError(
+            f"{path} defines no sweep(): expected a function without arguments that yields one "
+            'dictionary of overrides a point, such as {"optimizer.new": 3e-4, "seed": 1}'
+        )
+    return list(sweep())
+
+
+def _argument(key: str, value: Any) -> str:
+    return f"--config.{key}={value}"
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def headline(sweep: Sweep, names: Sequence[str], how: str) -> str:
+    """One line: how many points there are, how many are missing, how they run."""
+    complete = len(sweep.points) - len(names)
+    return (
+        f"{sweep.config}: {len(sweep.points)} points in {sweep.workdir}, {complete} complete; "
+        f"{len(names)} to run, {how}"
+    )

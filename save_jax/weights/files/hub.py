@@ -1,0 +1,101 @@
+"""Files of models on the Hugging Face Hub, or a sentence that says what to download instead."""
+
+import json
+import pathlib
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+
+from save_jax.errors import UserError
+from save_jax.weights.files import torchscript
+
+# In order of preference; an index names the files that a large model is split into.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+INDEX = ".index.json"
+
+
+def is_id(source: str) -> bool:
+    """Whether a source that is no path has the form of a hub id, OWNER/NAME."""
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.@-]*", source) is not None
+
+
+def download(model: str) -> pathlib.Path:
+    """The directory (in the hub's local cache) that holds a model's weights.
+
+    Raises:
+        UserError: the hub cannot be reached and the cache does not hold them, or there is no such
+            model.
+    """
+    address = torchscript.official_address(model)
+    if address:
+        raise UserError(
+            f"{model} is the name of a model of OpenAI's and no path: download {address} and give "
+            "the file"
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            f"no path {model}; to take it as a model of the Hugging Face Hub: "
+            "pip install huggingface_hub"
+        ) from error
+
+    def fetch(file: str) -> pathlib.Path:
+        return pathlib.Path(huggingface_hub.hf_hub_download(model, file))
+
+    for file in WEIGHTS:
+        cached = huggingface_hub.try_to_load_from_cache(model, file)
+        if isinstance(cached, str):
+            path = pathlib.Path(cached)
+            return _with_shards(path, fetch) if INDEX in file else path.parent
+    url = huggingface_hub.hf_hub_url(model, WEIGHTS[0])
+    offline = UserError(
+        f"there is no path {model}, and the Hugging Face Hub cannot be reached: download {url} "
+        f"where there is a network (or its {WEIGHTS[2]}, of a model that has none), put it into a "
+        "directory here and give that directory"
+    )
+    if not _reachable(url):
+        raise offline
+    try:
+        for file in WEIGHTS:
+            try:
+                path = fetch(file)
+            except errors.RemoteEntryNotFoundError:
+                continue
+            return _with_shards(path, fetch) if INDEX in file else path.parent
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"there is no path {model}, and the Hugging Face Hub has no such model"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise offline from error
+    raise UserError(f"{model} on the Hugging Face Hub has none of {', '.join(WEIGHTS)}")
+
+
+def _with_shards(index: pathlib.Path, fetch: Callable[[str], pathlib.Path]) -> pathlib.Path:
+    for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        fetch(shard)
+    return index.parent
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host has an address: the hub's own client retries for half a minute."""
+    import huggingface_hub.constants
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.getproxies().get(parts.scheme):
+        return True
+    try:
+        return bool(socket.getaddrinfo(parts.hostname, parts.port or parts.scheme))
+    except OSError:
+        return False

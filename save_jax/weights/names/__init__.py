@@ -1,0 +1,1 @@
+"""PyTorch's names of each model's weights, and ours."""

@@ -1,0 +1,137 @@
+"""The table and the plot of many runs."""
+
+import csv
+import json
+import xml.etree.ElementTree
+
+import pytest
+
+from launch.report import __main__ as report
+from tests.support import stand_in
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Three rates, two seeds each; SumR grows with both."""
+    for rate in (1e-4, 1e-3, 1e-2):
+        for seed in (0, 1):
+            flags = [f"--config.optimizer.new={rate}", f"--config.seed={seed}"]
+            stand_in.main([f"--workdir={tmp_path / f'runs/{rate}-{seed}'}", *flags])
+    return tmp_path / "runs"
+
+
+def rows(capsys) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_best_run_is_first_and_equal_keys_are_no_columns(directory, capsys):
+    assert report.main([str(directory)]) == 0
+    header, *body = rows(capsys)
+    assert header[:5] == ["run", "seed", "optimizer.new", "step", "SumR"] and "steps" not in header
+    assert [row[0] for row in body] == [
+        "0.01-1",
+        "0.01-0",
+        "0.001-1",
+        "0.001-0",
+        "0.0001-1",
+        "0.0001-0",
+    ]
+    assert body[0] == [
+        "0.01-1",
+        "1",
+        "0.01",
+        "5",
+        "106.0",
+        "101.0",
+        "2.0",
+        "3.0",
+        "4.0",
+        "5.0",
+        "complete",
+    ]
+
+
+def test_ranks_sort_upwards(directory, capsys):
+    path = directory / "0.001-0/evaluation/5/metrics.json"
+    path.write_text(path.read_text().replace('"MdR": 4.0', '"MdR": 1.0'))
+    assert report.main([str(directory), "--metric=v2t/MdR"]) == 0
+    header, *body = rows(capsys)
+    assert body[0][0] == "0.001-0" and "v2t/MdR" in header
+
+
+def test_the_csv_has_all_digits_and_the_runs_without_results(directory, tmp_path, capsys):
+    (directory / "sweep.json").write_text('{"points": {"late": {}}}')
+    assert report.main([str(directory), f"--csv={tmp_path / 'runs.csv'}"]) == 0
+    with open(tmp_path / "runs.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert float(table[0]["SumR"]) == 106.0 and table[0]["optimizer.new"] == "0.01"
+    assert table[-1] == {
+        **dict.fromkeys(table[0], ""),
+        "run": "late",
+        "step": "0",
+        "state": "waiting",
+    }
+    assert "-" in rows(capsys)[-1]
+
+
+def test_broken_files_are_named_and_not_fatal(directory, capsys):
+    (directory / "0.01-1/evaluation/5/metrics.json").write_text("{")
+    assert report.main([str(directory)]) == 0
+    captured = capsys.readouterr()
+    assert "0.01-1/evaluation/5/metrics.json cannot be read" in captured.err
+    assert captured.out.splitlines()[-1].split()[0] == "0.01-1"
+
+
+def test_answers_to_different_questions_are_told_apart(directory, capsys):
+    for name, variant in (("0.01-1", "9k"), ("0.01-0", "7k")):
+        path = directory / name / "evaluation/5/metrics.json"
+        protocol = {"data": {"variant": variant}, "split": "test"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": protocol}))
+    assert report.main([str(directory)]) == 0
+    assert capsys.readouterr().err == (
+        "warning: these evaluations differ in protocol: data.variant is '9k' in 0.01-1; "
+        "'7k' in 0.01-0\n"
+    )
+
+
+def drawn(path) -> str:
+    """What the plot says; matplotlib writes each text of an SVG as a comment, too."""
+    parser = xml.etree.ElementTree.XMLParser(
+        target=xml.etree.ElementTree.TreeBuilder(insert_comments=True)
+    )
+    root = xml.etree.ElementTree.parse(path, parser).getroot()
+    return "|".join(
+        element.text.strip()
+        for element in root.iter()
+        if element.tag is xml.etree.ElementTree.Comment
+    )
+
+
+def test_a_plot_of_rates_and_seeds(directory, tmp_path):
+    path = tmp_path / "plot.svg"
+    assert report.main([str(directory), f"--plot={path}"]) == 0
+    assert {"0.0001", "0.001", "0.01", "optimizer.new", "SumR"} <= set(drawn(path).split("|"))
+    png = tmp_path / "plot.png"
+    assert report.main([str(directory), f"--plot={png}", "--x=seed"]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_values_that_span_a_decade_want_a_log_axis():
+    assert report.is_logarithmic({1e-4, 1e-3})
+    assert not report.is_logarithmic({1.0, 2.0, 4.0})
+    assert not report.is_logarithmic({0.0, 1.0, 10.0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metric=R7"], "--metric=R7: no run has it. Expected one of SumR, R1"),
+        (["--plot=x.svg", "--x=nokey"], "no run has both SumR and config.nokey"),
+        (["--plot=x.nope"], "--plot=x.nope"),
+        (["--csv=/nowhere/x.csv"], "/nowhere/x.csv"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(directory, capsys, arguments, message):
+    assert report.main([str(directory), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error

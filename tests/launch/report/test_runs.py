@@ -1,0 +1,89 @@
+"""What a run's directory is taken for, whole, half done or broken."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from launch.report import runs
+from save_jax.errors import UserError
+from tests.support import stand_in
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A complete run of five steps."""
+    stand_in.main([f"--workdir={tmp_path / 'run'}", "--config.steps=5"])
+    return tmp_path / "run"
+
+
+def state(workdir) -> str:
+    return runs.read(workdir).state
+
+
+def test_a_complete_run(run):
+    found = runs.read(run)
+    assert (found.state, found.step, found.fraction, found.problems) == ("complete", 5, 1.0, ())
+    assert found.evaluation["t2v"]["SumR"] == 5.0
+
+
+def test_an_evaluation_without_its_checkpoint_is_not_complete(run):
+    shutil.rmtree(run / "checkpoints/5")
+    assert state(run) == "running"
+    shutil.rmtree(run / "checkpoints")  # all removed to save space
+    assert state(run) == "complete"
+
+
+def test_the_schedule_in_epochs(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": 0, "epochs": 1}))
+    assert state(run) == "complete"
+    (run / "config.json").write_text(json.dumps({**config, "steps": 0, "epochs": 2}))
+    found = runs.read(run)
+    assert (found.state, found.fraction) == ("running", 0.5)
+
+
+def test_states_of_a_run_that_is_not_complete(run, tmp_path):
+    shutil.rmtree(run / "evaluation")
+    assert state(run) == "running"
+    runs.write_json(run / runs.EXIT_FILE, {"code": 75})
+    assert state(run) == "stopped"
+    runs.write_json(run / runs.EXIT_FILE, {"code": 1})
+    assert state(run) == "failed"
+    (run / runs.EXIT_FILE).unlink()
+    long_ago = time.time() - runs.QUIET_AFTER - 1
+    for name in ("metrics.jsonl", "config.json"):
+        os.utime(run / name, (long_ago, long_ago))
+    assert state(run) == "stopped"
+    assert state(tmp_path / "absent") == "waiting"
+
+
+def test_broken_files_are_named_and_not_fatal(run):
+    (run / "evaluation/5/metrics.json").write_text('{"t2v": ')
+    (run / "config.json").write_text("[]")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    found = runs.read(run)
+    assert found.evaluation is None and found.step == 5
+    assert [problem.split()[0] for problem in found.problems] == [
+        str(run / "config.json"),
+        str(run / "evaluation/5/metrics.json"),
+    ]
+
+
+def test_runs_are_found_at_any_depth_with_the_points_that_wait(run, tmp_path):
+    shutil.copytree(run, tmp_path / "deep/er/other")
+    (tmp_path / "unrelated").mkdir()
+    (tmp_path / "unrelated/config.json").write_text("{}")  # somebody's model, not a run
+    runs.write_json(tmp_path / "sweep.json", {"points": {"run": {}, "seed-2": {}}})
+    found = {str(r.workdir.relative_to(tmp_path)): r.state for r in runs.find(tmp_path)}
+    assert found == {"run": "complete", "seed-2": "waiting", "deep/er/other": "complete"}
+
+
+def test_a_directory_without_runs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no run below"):
+        runs.find(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
+        runs.find(tmp_path / "nope")

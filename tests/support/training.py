@@ -1,0 +1,152 @@
+"""Runs the training loop on the synthetic data: for tests, in this process or in one of its own.
+
+As a program, `python -m tests.support.training WORKDIR MOMENT` trains and kills itself with SIGKILL
+at a moment: "never", "step" (in the middle of an epoch), "write" (a checkpoint is written but not
+yet committed) or "evaluation" (its files half written). At the moment "term" it is sent SIGTERM
+instead. With `COORDINATOR PROCESSES ID` after them, it is one process of several. The exit code is
+75 when it was interrupted, as the main program's.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+
+from save_jax import distributed, evaluate, sharding, train
+from save_jax.checkpoint import Checkpoints
+from save_jax.objectives import LossConfig
+from save_jax.optimizer import OptimizerConfig
+from save_jax.progress import Writer
+from tests.support import synthetic
+
+RATES = OptimizerConfig(clip=1e-3, clip_stem=1e-3, ast_norm=1e-3, new=1e-3, total_steps=12)
+FIVE = dataclasses.replace(RATES, total_steps=5)
+BATCH = 8
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh({"data": -1}, jax.devices()[:devices])
+
+
+@functools.cache
+def program(rates: OptimizerConfig, devices: int):
+    """What one mesh and one set of rates compile to; every test of them shares it."""
+    mesh = mesh_of(devices)
+    graphdef, state = train.create_state(synthetic.MODEL, rates, 0, mesh)
+    step = jax.jit(train.make_train_step(graphdef, rates, LossConfig(), mesh))
+    return mesh, state, step, evaluate.Evaluator(graphdef, mesh, BATCH, 0.5)
+
+
+def run(workdir, *, stop_after: int | None = None, rates=RATES, data=None, devices=1, eval_every=1):
+    """Trains in `workdir`, going on from what it holds; returns the final state.
+
+    With `stop_after`, the data ends with an exception after that many steps, as a crash would.
+    """
+    mesh, state, step_function, evaluator = program(rates, devices)
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    if step is not None:
+        state = checkpoints.restore(step, state)
+    training = synthetic.training_set(BATCH, data)
+    if stop_after is not None:
+        inner = training.batches
+
+        def crashing(start, steps):
+            for number, batch in enumerate(inner(start, steps), start):
+                if number == stop_after:
+                    raise KeyError("crash")
+                yield batch
+
+        training = training._replace(batches=crashing)
+    writer = Writer(workdir, restored_step=step or 0)
+    final = {}
+
+    def keep(state, batch):
+        state, scalars = step_function(state, batch)
+        final["state"] = state
+        return state, scalars
+
+    try:
+        train.train(
+            state,
+            keep,
+            training=training,
+            evaluation=synthetic.evaluation_set(BATCH),
+            evaluator=evaluator,
+            checkpoints=checkpoints,
+            writer=writer,
+            mesh=mesh,
+            optimizer_config=rates,
+            workdir=workdir,
+            batch_size=BATCH,
+            eval_every=eval_every,
+            checkpoint_every=3,
+            log_every=1,
+        )
+    finally:
+        checkpoints.wait()
+        writer.close()
+        checkpoints.close()
+    return final["state"]
+
+
+def die(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str) -> None:
+    """Arranges for SIGKILL at a moment."""
+    if moment in ("step", "term"):
+        original = synthetic.training_set
+        end = die if moment == "step" else functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+
+        def dying(*args, **kwargs):
+            training = original(*args, **kwargs)
+
+            def batches(start, steps):
+                for number, batch in enumerate(training.batches(start, steps), start):
+                    if number == 10:
+                        end()
+                    yield batch
+
+            return training._replace(batches=batches)
+
+        synthetic.training_set = dying
+    elif moment == "write":
+        from orbax.checkpoint._src.path import atomicity
+
+        finalize = atomicity.AtomicRenameTemporaryPath.finalize
+
+        async def dying_finalize(self, *args, **kwargs):
+            if "6" in pathlib.Path(self.get_final()).name:
+                die()
+            return await finalize(self, *args, **kwargs)
+
+        atomicity.AtomicRenameTemporaryPath.finalize = dying_finalize
+    elif moment == "evaluation":
+        evaluate.np.save = die  # similarity.npy is the first of an evaluation's files
+    elif moment not in ("never", "five"):
+        raise ValueError(moment)
+
+
+def main(workdir: str, moment: str, *others: str) -> int:
+    if others:
+        coordinator, count, number = others
+        distributed.join(coordinator, int(count), int(number))
+    arm(moment)
+    with distributed.lost_peers_end_this_one():
+        final = run(pathlib.Path(workdir), devices=jax.device_count(), rates=rates_of(moment))
+    return 0 if int(final.step) == rates_of(moment).total_steps else os.EX_TEMPFAIL
+
+
+def rates_of(moment: str) -> OptimizerConfig:
+    """Five steps are enough where only the numbers are asked for."""
+    return FIVE if moment == "five" else RATES
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

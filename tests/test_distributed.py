@@ -1,0 +1,144 @@
+"""Several processes over loopback: the same numbers, and an end that nobody waits for in vain."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from save_jax import distributed
+from save_jax.checkpoint import load_parameters
+from save_jax.errors import UserError
+from tests.support.training import FIVE, RATES, program, run
+
+WITHIN = 300  # seconds for a job on a busy machine
+
+
+def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
+    """Starts one process a moment, each with so many devices of its own."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "tests.support.training", str(workdir)]
+    return [
+        subprocess.Popen(
+            [*command, moment, coordinator, str(len(moments)), str(number)],
+            env=os.environ | cache | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, moment in enumerate(moments)
+    ]
+
+
+def finish(job: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """Waits for all; exit codes, and what each said on stderr."""
+    try:
+        said = [process.communicate(timeout=WITHIN)[1] for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    return [process.returncode for process in job], said
+
+
+def parameters(workdir, rates) -> dict[str, np.ndarray]:
+    like = program(rates, 1)[1]
+    step, found = load_parameters(workdir, {**like.trained, **like.frozen})
+    assert step == rates.total_steps
+    return jax.tree.map(np.asarray, found)
+
+
+def losses(workdir) -> list[float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses and parameters of five steps in one process on one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run(workdir, rates=FIVE)
+    return losses(workdir), parameters(workdir, FIVE)
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
+def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices):
+    codes, said = finish(start(tmp_path, devices, ["five"] * count))
+    assert codes == [0] * count, said
+    expected_losses, expected = alone
+    np.testing.assert_allclose(losses(tmp_path), expected_losses, atol=1e-5)
+    for name, value in parameters(tmp_path, FIVE).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Parameters of two processes that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    codes, said = finish(start(workdir, 1, ["never"] * 2))
+    assert codes == [0, 0], said
+    return parameters(workdir, RATES)
+
+
+def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterrupted):
+    job = start(tmp_path, 1, ["never", "step"])
+    job[1].wait(WITHIN)
+    died = time.monotonic()
+    codes, said = finish(job)
+    assert time.monotonic() - died < 60
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, os.EX_TEMPFAIL)
+    assert "lost contact" in said[0] or "heartbeat" in said[0].lower(), said[0]
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
+    assert codes == [0, 0], said
+    for name, value in parameters(tmp_path, RATES).items():
+        np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path, uninterrupted):
+    codes, said = finish(start(tmp_path, 1, ["never", "term"]))
+    assert codes == [os.EX_TEMPFAIL] * 2, said
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
+    assert codes == [0, 0], said
+    for name, value in parameters(tmp_path, RATES).items():
+        np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: pytest.fail("joined"))
+    distributed.join()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a,b"}, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, ""),
+        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_clusters_are_known_by_their_variables(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.cluster() == expected
+
+
+def test_half_a_description_of_the_job_is_refused():
+    with pytest.raises(UserError, match="together"):
+        distributed.join(coordinator="127.0.0.1:1", num_processes=2)

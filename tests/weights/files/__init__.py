@@ -1,0 +1,1 @@
+"""Tests of save_jax/weights/files."""
