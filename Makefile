@@ -55,7 +55,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest tests --numprocesses=2
+	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -43,9 +43,6 @@ if _soft != resource.RLIM_INFINITY and _soft < _most:
 # Fields of a recipe that data_pipelines.prepare has no flag for.
 _NO_FLAGS = ("mel_bins", "teacher_size", "version")
 
-# (rows of clips, pairs or None) -> fields of a Batch, by name.
-Cached = Callable[[np.ndarray, np.ndarray | None], dict[str, np.ndarray | None]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -191,7 +188,6 @@ def train_batches(
     teacher: bool,
     tokenizer: Tokenizer,
     frames: bool = True,
-    cached: Cached | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -213,7 +209,6 @@ def train_batches(
         teacher: whether to read the teacher's vectors.
         tokenizer: turns texts into ids.
         frames: whether to read frames.
-        cached: gives the fields of a batch that come from elsewhere, and need not be read.
         process_index: which process this is.
         process_count: how many there are.
 
@@ -242,7 +237,7 @@ def train_batches(
             pairs = pairs_of(step)
             rows = table.video_rows[pairs]
             batch = _batch(split, arrays, rows, caption_ids[pairs], transcript_ids, sound, teacher)
-            yield batch._replace(**cached(rows, pairs)) if cached else batch
+            yield batch._replace(caption_index=pairs.astype(np.int32))
 
     return batches()
 
@@ -262,7 +257,6 @@ def clip_batches(
     tokenizer: Tokenizer,
     teacher: bool = False,
     frames: bool = True,
-    cached: Cached | None = None,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -281,7 +275,6 @@ def clip_batches(
         tokenizer: turns texts into ids.
         teacher: whether to read the teacher's vectors.
         frames: whether to read frames.
-        cached: gives the fields of a batch that come from elsewhere, and need not be read.
         start_step: the first batch; those before it cost nothing.
         process_index: which process this is.
         process_count: how many there are.
@@ -305,7 +298,6 @@ def clip_batches(
         for step, arrays in zip(steps, read, strict=True):
             rows = rows_of(step)
             batch = _batch(split, arrays, rows, None, transcript_ids, sound, teacher)
-            batch = batch._replace(**cached(rows, None)) if cached else batch
             yield batch._replace(index=index_of(step))
 
     return batches()

@@ -27,7 +27,7 @@ from data_pipelines import datasets, outages, prepared, sidecars
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.sidecars import Speech
 from data_pipelines.tables import table
-from save_jax.errors import UserError
+from save_jax.errors import UserError, exit_codes
 
 TRANSCRIPTS = ("file", "whisper", "none")
 BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
@@ -153,6 +153,7 @@ def summary(directory: epath.Path) -> str:
     return "\n".join(lines)
 
 
+@exit_codes
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, which --help explains."""
     options = _parse(arguments)
@@ -177,20 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
                 beam_runner=options.beam_runner,
                 beam_options=options.beam_options,
             )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; what was done is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
-        return os.EX_TEMPFAIL
     except Exception as error:
-        if not outages.is_outage(error):
+        if isinstance(error, UserError) or not outages.is_outage(error):
             raise
-        print(f"interrupted: {outages.outage(options.dataset, error)}", file=sys.stderr)
-        return os.EX_TEMPFAIL
+        raise outages.outage(options.dataset, error) from error
     print(directory)
     print(summary(directory))
     return 0

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 from launch.report.runs import incomparable, last_evaluation
-from save_jax.errors import UserError
+from save_jax.errors import exit_codes
 
 
 def table(results: dict[str, dict]) -> str:
@@ -40,20 +40,17 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+@exit_codes
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", nargs="+", type=pathlib.Path)
     workdirs = parser.parse_args(argv).workdir
-    try:
-        names = [workdir.name for workdir in workdirs]
-        if len(set(names)) < len(names):
-            names = list(map(str, workdirs))
-        results = {
-            name: last_evaluation(workdir) for name, workdir in zip(names, workdirs, strict=True)
-        }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = [workdir.name for workdir in workdirs]
+    if len(set(names)) < len(names):
+        names = list(map(str, workdirs))
+    results = {
+        name: last_evaluation(workdir) for name, workdir in zip(names, workdirs, strict=True)
+    }
     print("Text→video: SumR, then R@1 (%) of all queries and of each group (number of queries).")
     print(table(results))
     for problem in incomparable(results):

@@ -29,6 +29,8 @@ class Batch(NamedTuple):
         has_teacher: bool [B]; False where the teacher's vectors are missing or unusable.
         index: int32 [B], the clip's row in the split, so that a clip can be named; -1 marks a row
             that only fills up the last batch of an evaluation.
+        caption_index: int32 [B], the caption's row in the split's table of captions; None in
+            batches that are for embedding videos, and on the device, where nothing needs it.
         frame_embeddings: [B, F, D], what CLIP makes of `frames`, before positions; from a cache,
             as are those below: float32 or bfloat16, or None to compute them.
         caption_embeddings: [B, D], what CLIP makes of `caption_ids`, not normalised.
@@ -51,3 +53,4 @@ class Batch(NamedTuple):
     caption_embeddings: Array | None = None
     ast_states: Array | None = None
     speech_states: Array | None = None
+    caption_index: Array | None = None

@@ -69,7 +69,8 @@ class Checkpoints:
     """The checkpoints of one workdir: the latest two and the best one by SumR are kept."""
 
     def __init__(self, workdir: str | os.PathLike):
-        self._directory = files.path(workdir) / DIRECTORY
+        self.workdir = files.path(workdir)
+        self._directory = self.workdir / DIRECTORY
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._directory,

@@ -1,11 +1,19 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+Arguments = ParamSpec("Arguments")
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: a path, a config value, a file's contents.
 
     The message names what was expected, what was found, where, and what to do. Entry points print
-    it on stderr without a traceback and exit with code 2 (design.md, command-line contract).
+    it on stderr without a traceback and exit with code 2.
     """
 
 
@@ -19,3 +27,32 @@ class OutageError(Exception):
 
 class NonFiniteLossError(Exception):
     """Training broke down: a loss or a gradient is not finite. Entry points exit with code 1."""
+
+
+def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Decorates an entry point: what it raises becomes one message on stderr and an exit code.
+
+    2: a mistake of the user's. 1: training broke down. 75: interrupted, by a person or an outage,
+    and resumable. Any other exception is ours, and passes with its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        try:
+            return command(*arguments, **options)
+        except UserError as error:
+            return _end("error", error, 2)
+        except NonFiniteLossError as error:
+            return _end("error", error, 1)
+        except OutageError as error:
+            return _end("interrupted", error, os.EX_TEMPFAIL)
+        except KeyboardInterrupt:
+            message = "what was done is kept, and the same command resumes"
+            return _end("interrupted", message, os.EX_TEMPFAIL)
+
+    return run
+
+
+def _end(kind: str, message: object, code: int) -> int:
+    print(f"{kind}: {message}", file=sys.stderr)
+    return code

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from save_jax import files, metrics, parameters, sharding
 from save_jax.batch import Batch
+from save_jax.checkpoint import BEST_METRIC, DIRECTORY
 from save_jax.models.save import SAVE
-from save_jax.parameters import Parameters
-from save_jax.progress import Progress
+from save_jax.parameters import Parameters, Structure
+from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
 
 CAPTIONS_AT_ONCE, VIDEOS_AT_ONCE = 512, 2048  # a tile of the similarity matrix on the device
@@ -54,19 +54,19 @@ class Evaluator:
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, batch_size: int, local_weight: float
+        self, structure: Structure, mesh: jax.sharding.Mesh, batch_size: int, local_weight: float
     ):
         self._mesh, self._batch_size = mesh, batch_size
 
         def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model: SAVE = parameters.merge(graphdef, params)
+            model: SAVE = parameters.merge(structure, params)
             with sharding.on_mesh(mesh):
                 video = model.encode_video(batch)
             return normalise(video.fused), video.mask
 
         def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
             with sharding.on_mesh(mesh):
-                return normalise(parameters.merge(graphdef, params).encode_text(ids))
+                return normalise(parameters.merge(structure, params).encode_text(ids))
 
         def score(text, frames, mask, logit_scale):
             return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
@@ -178,3 +178,61 @@ def _write_csv(path: files.Path, columns: Sequence[str], rows: Iterable[Sequence
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
     files.write(path, text.getvalue())
+
+
+def run_evaluation(
+    params: Parameters,
+    step: int,
+    selection: str,
+    *,
+    data: EvaluationSet,
+    evaluator: Evaluator,
+    writer: Writer,
+    workdir: files.Path,
+    source: str = "",
+) -> dict:
+    """Evaluates parameters, writes evaluation/STEP, scalars and the table; returns the metrics.
+
+    Args:
+        params: all of the model's.
+        step: updates that made them.
+        selection: when or why these, in words, for the protocol and the table.
+        data, evaluator: what to evaluate, and how.
+        writer, workdir: where results go.
+        source: where the parameters are from; "" = the workdir's checkpoint of this step.
+    """
+    scores, result = evaluator.evaluate(params, data)
+    facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
+    result = {"step": step, "protocol": facts, **result}
+    if jax.process_index() == 0:
+        write(workdir / "evaluation" / str(step), data, scores, result)
+    writer.write_scalars(
+        step,
+        {
+            **{f"eval/t2v/{k}": v for k, v in result["t2v"].items()},
+            **{f"eval/v2t/{k}": v for k, v in result["v2t"].items()},
+            **{f"eval/{name}/R1": group["t2v"]["R1"] for name, group in result["groups"].items()},
+        },
+    )
+    say(
+        f"\n{data.split}: {len(data.captions)} captions, {len(data.video_ids)} videos, "
+        f"{selection}\n{metrics.table(result)}\n"
+    )
+    return result
+
+
+def summarise(workdir: files.Path, split: str) -> None:
+    """Prints the last evaluation's table, and the best one's where that is another."""
+    results = [
+        json.loads(path.read_text()) for path in (workdir / "evaluation").glob("*/metrics.json")
+    ]
+    results.sort(key=lambda result: result["step"])
+    last = results[-1]
+    best = max(results, key=lambda result: result["t2v"][BEST_METRIC])
+    say(f"last step ({last['step']}), {split} split:\n{metrics.table(last)}")
+    if best["step"] != last["step"]:
+        say(
+            f"\nbest of {len(results)} evaluations on the {split} split itself (step "
+            f"{best['step']}; an optimistic protocol):\n{metrics.table(best)}"
+        )
+    say(f"\neverything is in {workdir}")

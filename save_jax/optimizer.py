@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from save_jax.parameters import STACKED, Parameters
+from save_jax.parameters import Parameters
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.98, 1e-6
 MAX_NORM, NORM_EPSILON = 1.0, 1e-6
@@ -110,11 +111,15 @@ def clip_by_global_norm() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def clip_by_tensor_norm() -> optax.GradientTransformation:
-    """The same factor, tensor by tensor; a stacked tensor is one tensor a layer."""
+def clip_by_tensor_norm(stacked: Collection[str]) -> optax.GradientTransformation:
+    """Multiplies by the same factor per tensor; a stacked tensor counts as one per layer.
+
+    Args:
+        stacked: names of the parameters that have a leading layer axis.
+    """
 
     def clip(name: str, g: jax.Array) -> jax.Array:
-        axes = tuple(range(1 if STACKED in name else 0, g.ndim))
+        axes = tuple(range(1 if name in stacked else 0, g.ndim))
         norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=axes, keepdims=True))
         return g * jnp.minimum(1.0, MAX_NORM / (norm + NORM_EPSILON))
 
@@ -153,8 +158,15 @@ def is_decayed(name: str) -> bool:
     return not name.endswith(".bias")
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimiser of the trained parameters (see `partition`), a flat dictionary by name."""
+def make_optimizer(
+    config: OptimizerConfig, stacked: Collection[str]
+) -> optax.GradientTransformation:
+    """Makes the optimiser of the trained parameters (see `partition`), a flat dictionary by name.
+
+    Args:
+        config: rates, decay and schedule.
+        stacked: names of the parameters that have a leading layer axis.
+    """
 
     def group(rate: float) -> optax.GradientTransformation:
         return optax.chain(
@@ -167,7 +179,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     return optax.chain(
         clip_by_global_norm(),
-        clip_by_tensor_norm(),
+        clip_by_tensor_norm(stacked),
         optax.multi_transform(
             {name: group(config.rate(name)) for name in GROUPS if config.rate(name)},
             lambda tree: {name: group_of(name) for name in tree},

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from save_jax.batch import Batch
 from save_jax.errors import UserError
-from save_jax.parameters import STACKED
 
 DATA, FSDP = "data", "fsdp"  # both split the batch; the second also splits the parameters
 LEAST_SLICED = 2**14  # elements; a smaller array (a bias) costs more to put together than to hold
@@ -70,16 +69,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _row_spec(mesh))
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where parameters, optimiser state or both lie: a sharding for each (abstract) array.
+def tree_shardings(tree: Any, stacked: Collection[str], mesh: Mesh) -> Any:
+    """Decides where parameters, optimiser state or both lie: a sharding per (abstract) array.
 
     Args:
         tree: arrays whose path ends in their parameter's name, as in a TrainState.
+        stacked: names of the parameters that have a leading layer axis, which is never sharded.
         mesh: devices.
     """
 
     def place(path: tuple, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        layers = int(STACKED in jax.tree_util.keystr(path))
+        layers = int(getattr(path[-1], "key", None) in stacked)
         return NamedSharding(
             mesh, PartitionSpec(*[None] * layers, *_slice_spec(x.shape[layers:], mesh))
         )
@@ -164,7 +164,8 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts this process's rows of a batch on its devices, as rows of one global array."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)),
+        batch._replace(caption_index=None),
     )
 
 

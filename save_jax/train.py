@@ -2,7 +2,7 @@
 
 import collections
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,27 +12,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-from save_jax import (
-    evaluate,
-    files,
-    metrics,
-    microbatch,
-    objectives,
-    optimizer,
-    parameters,
-    sharding,
-)
+from save_jax import microbatch, objectives, optimizer, parameters, sharding
 from save_jax.batch import Batch
-from save_jax.checkpoint import DIRECTORY, Checkpoints, TrainState
+from save_jax.checkpoint import Checkpoints, TrainState
 from save_jax.errors import NonFiniteLossError
+from save_jax.meter import Meter, Plan
 from save_jax.models import save
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
-from save_jax.progress import Writer, duration, say
+from save_jax.parameters import Parameters, Structure
+from save_jax.progress import say
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
-LOG_EACH_UP_TO = 100  # steps; shorter runs log every step
 
 
 class TrainingSet(NamedTuple):
@@ -51,43 +42,43 @@ class TrainingSet(NamedTuple):
 
 def _initialise(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int
-) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-    """The model's structure, and the function that makes a fresh state."""
+) -> tuple[Structure, Callable[[], TrainState]]:
+    """Returns the model's structure, and the function that makes a fresh state."""
+    structure, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
+    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
     def init() -> TrainState:
         _, params = parameters.split(save.create(model, seed))
         trained, frozen = optimizer.partition(params, optimizer_config)
-        opt_state = optimizer.make_optimizer(optimizer_config).init(trained)
-        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, opt_state)
+        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained))
 
-    graphdef, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
-    return graphdef, init
+    return structure, init
 
 
 def abstract_state(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The shapes of a state, and where its arrays lie; nothing is computed."""
-    graphdef, init = _initialise(model, optimizer_config, seed=0)
+) -> tuple[Structure, TrainState]:
+    """Returns the shapes of a state, and where its arrays lie; nothing is computed."""
+    structure, init = _initialise(model, optimizer_config, seed=0)
     shapes = jax.eval_shape(init)
-    return graphdef, jax.tree.map(
+    return structure, jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        sharding.tree_shardings(shapes, mesh),
+        sharding.tree_shardings(shapes, structure.stacked, mesh),
     )
 
 
 def create_state(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, TrainState]:
-    """A fresh state on the mesh; a function of the seed only, not of the mesh."""
-    graphdef, init = _initialise(model, optimizer_config, seed)
-    places = sharding.tree_shardings(jax.eval_shape(init), mesh)
-    return graphdef, jax.jit(init, out_shardings=places)()  # made where they will live
+) -> tuple[Structure, TrainState]:
+    """Creates a fresh state on the mesh; a function of the seed only, not of the mesh."""
+    structure, init = _initialise(model, optimizer_config, seed)
+    places = sharding.tree_shardings(jax.eval_shape(init), structure.stacked, mesh)
+    return structure, jax.jit(init, out_shardings=places)()  # made where they will live
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     optimizer_config: OptimizerConfig,
     loss_config: LossConfig,
     mesh: jax.sharding.Mesh,
@@ -98,7 +89,7 @@ def make_train_step(
     The gradient is taken of the trained parameters only: a frozen encoder keeps no activations.
 
     Args:
-        graphdef: the model's structure.
+        structure: of the model.
         optimizer_config: rates and schedule.
         loss_config: constants of the losses.
         mesh: devices.
@@ -106,17 +97,17 @@ def make_train_step(
             losses are of the whole batch either way, and so is the gradient; less memory is paid
             for with a second forward pass of what trains (gradient caching, `save_jax.microbatch`).
     """
-    tx = optimizer.make_optimizer(optimizer_config)
+    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
     def loss_fn(
         trained: parameters.Parameters, frozen: parameters.Parameters, batch: Batch
     ) -> tuple[jax.Array, objectives.Losses]:
         params = {
             # Stacked ones are put together layer by layer, where they are used.
-            name: x if parameters.STACKED in name else sharding.put_together(x)
+            name: x if name in structure.stacked else sharding.put_together(x)
             for name, x in {**trained, **frozen}.items()
         }
-        model: save.SAVE = parameters.merge(graphdef, params)
+        model: save.SAVE = parameters.merge(structure, params)
         count = len(batch.index) // micro_batch if micro_batch else 1
         # The model leaves the teacher alone.
         inputs = batch._replace(teacher_video=None, teacher_audio=None)
@@ -186,10 +177,14 @@ def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask all processes to stop after the same step, with a checkpoint.
+    """Makes Ctrl-C and SIGTERM ask all processes to stop after the same step, with a checkpoint.
 
     A signal may reach one process only, and not at the same step everywhere. So with every step
     the processes vote, and act upon a vote when they read that step's results.
+
+    It is a context manager: handlers are those of before once it is left. Python sets handlers in
+    the main thread only; in another one (a notebook's, a launcher's) signals stay the caller's, who
+    may call `request`.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
@@ -197,16 +192,30 @@ class StopRequest:
         self.agreed = False
         self._by_device = sharding.batch_sharding(mesh)
         self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def request(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Asks for the stop as this signal would."""
+        self.signal = number
 
     def _note(self, number: int, frame: Any) -> None:
         del frame
-        self.signal = signal.Signals(number)
+        self.request(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is immediate
 
     def vote(self) -> jax.Array | None:
-        """This step's vote, to be counted later; None where there is nobody to vote with."""
+        """Casts this process's vote at this step, to be counted later; None if it is alone."""
         if jax.process_count() == 1:
             return None
         mine = np.full(len(jax.local_devices()), self.signal is not None)
@@ -239,37 +248,38 @@ def check_finite(
         )
 
 
+class _Dispatched(NamedTuple):
+    """A step that the devices have been given, and whose results are not read yet."""
+
+    step: int
+    scalars: dict[str, jax.Array]
+    index: np.ndarray
+    vote: jax.Array | None
+
+
 def train(
     state: TrainState,
-    train_step: Callable,
+    train_step: TrainStep,
     *,
     training: TrainingSet,
-    evaluation: evaluate.EvaluationSet,
-    evaluator: evaluate.Evaluator,
+    evaluate: Callable[[Parameters, int, str], Mapping[str, Any]],
     checkpoints: Checkpoints,
-    writer: Writer,
-    mesh: jax.sharding.Mesh,
-    optimizer_config: OptimizerConfig,
-    workdir: files.Path,
-    batch_size: int,
-    eval_every: int,
-    checkpoint_every: int,
-    log_every: int,
+    meter: Meter,
+    plan: Plan,
+    stop: StopRequest,
 ) -> bool:
-    """Trains from `state` to the schedule's end.
+    """Trains from `state` to the plan's end.
 
     Args:
-        state: where to go on from; donated.
+        state: where to resume; donated.
         train_step: compiled, see `make_train_step`.
-        training, evaluation: the data.
-        evaluator: compiled functions for `evaluation`.
-        checkpoints, writer, workdir: where results go.
-        mesh: devices.
-        optimizer_config: for the schedule's length and the rates shown.
-        batch_size: global, for the clips/s shown.
-        eval_every: epochs between evaluations.
-        checkpoint_every: steps between checkpoints that are not evaluated; 0 for none.
-        log_every: steps between progress lines.
+        training: the data.
+        evaluate: (parameters, step, when in words) -> metrics, of which those of "t2v" choose the
+            best checkpoint.
+        checkpoints: where states go.
+        meter: where scalars and progress go.
+        plan: how long to train, and what happens how often.
+        stop: asked after each step.
 
     Returns:
         True when the run is complete, False when it was asked to stop before.
@@ -277,110 +287,49 @@ def train(
     Raises:
         NonFiniteLossError: a loss or gradient is not finite.
     """
-    total, per_epoch = optimizer_config.total_steps, training.steps_per_epoch
-    log_every = 1 if total <= LOG_EACH_UP_TO else log_every
-    first = int(state.step)
-    stop = StopRequest(mesh)
-
-    #### One step behind: reading a step's scalars must not keep the device waiting.
-    pending: collections.deque[tuple[int, dict[str, jax.Array], np.ndarray, jax.Array | None]] = (
-        collections.deque()
-    )
-    clock_step, clock = first, time.monotonic()
+    first, total = int(state.step), plan.total_steps
+    pending: collections.deque[_Dispatched] = collections.deque()
 
     def settle() -> None:
-        nonlocal clock, clock_step
-        step, device_scalars, index, vote = pending.popleft()
-        scalars = {k: float(v) for k, v in device_scalars.items()}
-        stop.count(vote)
-        check_finite(step, scalars, index, training, checkpoints)
-        if step % log_every and step != total:
-            return
-        now = time.monotonic()
-        seconds = (now - clock) / max(step - clock_step, 1)
-        rates = optimizer.learning_rates(optimizer_config, step - 1)
-        writer.write_scalars(
-            step,
-            {
-                **scalars,
-                "epoch": step / per_epoch,
-                "clips_per_second": batch_size / seconds,
-                **{f"learning_rate/{k}": v for k, v in rates.items()},
-            },
-        )
-        say(
-            f"step {step:>{len(str(total))}}/{total}  epoch {step / per_epoch:.1f}  "
-            f"loss {scalars['loss']:.4f} (contrastive {scalars['contrastive']:.4f}, "
-            f"soft-ALBEF {scalars['soft_albef']:.4f})  lr "
-            + " ".join(f"{k} {v:.1e}" for k, v in rates.items())
-            + f"  {batch_size / seconds:.1f} clips/s  {duration(seconds * (total - step))} left"
-        )
-        clock, clock_step = now, step
+        """Reads the oldest dispatched step's results."""
+        done = pending.popleft()
+        scalars = {name: float(value) for name, value in done.scalars.items()}
+        stop.count(done.vote)
+        check_finite(done.step, scalars, done.index, training, checkpoints)
+        meter.log(done.step, scalars)
 
+    mesh = state.step.sharding.mesh
     batches = sharding.prefetch(training.batches(first, total), mesh)
     for step in range(first + 1, total + 1):
+        # ---------------------------------------------------------------- dispatch the next step
         host, batch = next(batches)
         state, scalars = train_step(state, batch)
-        pending.append((step, scalars, host.index, stop.vote()))
+        pending.append(_Dispatched(step, scalars, host.index, stop.vote()))
+        # One step behind: reading a step's scalars must not keep the device waiting.
         if len(pending) > 1:
             settle()
 
-        #### Evaluate and save; a checkpoint is only written of a step known to be sound.
-        last = step == total
-        evaluates = last or step % (per_epoch * eval_every) == 0
-        if evaluates or stop.agreed or (checkpoint_every and step % checkpoint_every == 0):
+        # ------------------------------------- evaluate and save; only a step known to be sound
+        evaluates, last = plan.evaluates(step), step == total
+        if evaluates or stop.agreed or plan.saves(step):
             while pending:
                 settle()
-            paused = time.monotonic()
-            result = None
-            if evaluates:
-                name = f"after epoch {step / per_epoch:g}" + (" (the last step)" if last else "")
-                result = run_evaluation(state, step, name, evaluation, evaluator, writer, workdir)
-            writer.sync()
-            checkpoints.save(state, step, result["t2v"] if result else None)
-            clock += time.monotonic() - paused
+            with meter.paused():
+                result = None
+                if evaluates:
+                    when = f"after epoch {plan.epoch(step):g}" + (" (the last step)" * last)
+                    result = evaluate({**state.trained, **state.frozen}, step, when)
+                meter.sync()
+                checkpoints.save(state, step, result["t2v"] if result else None)
+
+        # ------------------------------------------------------------------ stop when asked to
         if stop.agreed and not last:
             checkpoints.wait()
             name = stop.signal.name if stop.signal else "a signal to another process"
             say(
                 f"{name}: stopped after step {step} of {total}, checkpoint written; "
-                "the same command goes on from there"
+                "the same command resumes from there"
             )
             return False
     checkpoints.wait()
     return True
-
-
-def run_evaluation(
-    state: TrainState,
-    step: int,
-    selection: str,
-    data: evaluate.EvaluationSet,
-    evaluator: evaluate.Evaluator,
-    writer: Writer,
-    workdir: files.Path,
-    source: str = "",
-) -> dict:
-    """Evaluates a state, writes evaluation/STEP, scalars and the table; returns the metrics.
-
-    `source` says where the state is from; by default it is the workdir's checkpoint of this step.
-    """
-    scores, result = evaluator.evaluate({**state.trained, **state.frozen}, data)
-    protocol = evaluate.protocol(data, selection)
-    protocol["checkpoint"] = source or f"{DIRECTORY}/{step}"
-    result = {"step": step, "protocol": protocol, **result}
-    if jax.process_index() == 0:
-        evaluate.write(workdir / "evaluation" / str(step), data, scores, result)
-    writer.write_scalars(
-        step,
-        {
-            **{f"eval/t2v/{k}": v for k, v in result["t2v"].items()},
-            **{f"eval/v2t/{k}": v for k, v in result["v2t"].items()},
-            **{f"eval/{name}/R1": group["t2v"]["R1"] for name, group in result["groups"].items()},
-        },
-    )
-    say(
-        f"\n{data.split}: {len(data.captions)} captions, {len(data.video_ids)} videos, "
-        f"{selection}\n{metrics.table(result)}\n"
-    )
-    return result

@@ -1,6 +1,13 @@
 """Tests run on the CPU, as eight devices, with every shape annotation of `save_jax` checked."""
 
+import ctypes
+import gc
 import os
+import shutil
+import sys
+import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,12 +19,45 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
-from jaxtyping import install_import_hook
+# Most of a test's time is compilation. What one process has compiled, the others of this session
+# read: pytest's own, which inherit these variables, and the commands that tests start.
+MADE_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if MADE_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="save_jax-tests-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+from jaxtyping import install_import_hook  # noqa: E402, after the variables above
 
 install_import_hook("save_jax", "beartype.beartype")
 
 # With several test processes, the longest tests start first: nobody waits for the last of them.
 LONGEST = ("test_readme.py", "test_full_size.py", "test_distributed.py", "test_cache.py")
+
+
+def pytest_unconfigure(config):
+    """Removes the session's compiled programs; only the process that made their folder has it."""
+    if MADE_CACHE and not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+    """Forgets, after each file, its programs and what its tests cached: memory would fill up.
+
+    A file's tests run in one process (`--dist=loadfile`), so no other file's wait for them.
+    """
+    yield
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):  # functools.cache
+                    value.cache_clear()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def pytest_collection_modifyitems(items):

@@ -16,6 +16,7 @@ import pytest
 from save_jax import cache, main, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import __main__ as command
+from save_jax.data import Splits
 from save_jax.errors import UserError
 from tests.support import caching, miniatures
 
@@ -110,7 +111,7 @@ def open_data(data):
 
     def opened(directory, params=None, **changes):
         values = caching.config(data, cache__dir=str(directory), **changes)
-        found = main.Data(values)
+        found = Splits(values)
         found.training()
         rates = configuration.optimizer_config(values, total_steps=5)
         found.use_cache(state.frozen | (params or {}), rates, mesh)
@@ -268,7 +269,7 @@ def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):
 
 
 def test_the_order_is_that_of_a_run_that_computes_all(data, cached, open_data):
-    plain = main.Data(caching.config(data)).training().batches(0, 12)
+    plain = Splits(caching.config(data)).training().batches(0, 12)
     for one, other in zip(plain, open_data(cached).training().batches(0, 12), strict=True):
         np.testing.assert_array_equal(one.index, other.index)
         np.testing.assert_array_equal(one.has_audio, other.has_audio)

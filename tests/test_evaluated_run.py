@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from absl import flags
 
 from configs import base
-from save_jax import config as configuration
 from save_jax import main, train
+from save_jax import recorded as run_config
 from save_jax.errors import UserError
 from save_jax.weights import __main__ as weights
 from save_jax.weights.files import recognise
@@ -80,14 +79,6 @@ def run(config, tmp_path_factory):
     done = command(f"--config={config}", f"--workdir={workdir}", *overrides)
     assert done.returncode == 0, done.stderr
     return workdir
-
-
-@pytest.fixture
-def parsed_flags():
-    """--trust_archive and the like have their defaults, for runs in this process."""
-    flags.FLAGS.mark_as_parsed()
-    yield
-    flags.FLAGS.unparse_flags()
 
 
 def evaluation(workdir: pathlib.Path, step: int = STEP) -> tuple[np.ndarray, dict[str, Any]]:
@@ -168,7 +159,7 @@ def test_weights_taken_out_of_a_run_are_evaluated_as_the_config_says(config, run
     pure = tmp_path / "pure"
     assert weights.main(["import", str(run), f"--out={pure}"]) == 0
     changed = values(config, mode="evaluate", init_from=str(pure))
-    assert main.run(changed, tmp_path / "out", ["model.sound_weight"])
+    assert main.run(changed, tmp_path / "out", explicit=["model.sound_weight"])
     assert f"there is no {pure}/config.json: {pure} is evaluated as the config" in (
         capsys.readouterr().out
     )
@@ -177,9 +168,7 @@ def test_weights_taken_out_of_a_run_are_evaluated_as_the_config_says(config, run
     assert np.abs(scores - evaluation(run)[0]).max() > 0.1
 
 
-def test_safetensors_of_a_run_say_what_it_was_trained_as(
-    config, run, tmp_path, parsed_flags, capsys
-):
+def test_safetensors_of_a_run_say_what_it_was_trained_as(config, run, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     assert weights.main(["export", str(run), "--format=safetensors", f"--out={file}"]) == 0
     assert main.run(values(config, mode="evaluate", init_from=str(tmp_path)), tmp_path / "out")
@@ -192,7 +181,7 @@ def test_safetensors_of_a_run_say_what_it_was_trained_as(
         UserError, match=r"config\.model\.sound_weight=0\.5, but 0\.25 in .*tensors"
     ):
         changed = values(config, mode="evaluate", init_from=str(file))
-        main.run(changed, tmp_path / "out", ["model.sound_weight"])
+        main.run(changed, tmp_path / "out", explicit=["model.sound_weight"])
 
 
 def test_a_pytorch_file_cannot_say_so_and_the_export_does(run, tmp_path, capsys):
@@ -203,9 +192,7 @@ def test_a_pytorch_file_cannot_say_so_and_the_export_does(run, tmp_path, capsys)
     assert "speech_weight" not in said
 
 
-def test_a_run_that_starts_from_another_model_says_so(
-    config, run, tmp_path, parsed_flags, monkeypatch, capsys
-):
+def test_a_run_that_starts_from_another_model_says_so(config, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", lambda *_, **__: False)
     for source, keys in (
         (str(run), {"model.vision_weight", "model.sound_weight", "loss.local_weight"}),
@@ -230,7 +217,7 @@ def test_an_evaluation_does_not_take_the_place_of_another_runs(config, run, tmp_
     def data(*arguments):
         raise Reached
 
-    monkeypatch.setattr(main, "Data", data)
+    monkeypatch.setattr(main, "Splits", data)
     (tmp_path / "config.json").write_text(json.dumps(values(config)))
     with pytest.raises(UserError, match=r"Leave config\.init_from empty"):
         main.run(values(config, mode="evaluate", init_from=str(run)), tmp_path)
@@ -251,7 +238,7 @@ def recorded(**changes: Any) -> dict[str, Any]:
 
 
 def as_trained(run: dict[str, Any], *explicit: str, **changes: Any):
-    return configuration.as_trained(recorded(**changes), run, "R/config.json", explicit)
+    return run_config.as_trained(recorded(**changes), run, "R/config.json", explicit)
 
 
 def test_what_is_an_evaluations_own_stays_so():
@@ -334,7 +321,7 @@ def test_a_damaged_config_is_named(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json.*restore it"):
-        configuration.read_recorded(path)
+        run_config.read(path)
 
 
 @pytest.mark.parametrize("root", ["disk", "gs://bucket"])

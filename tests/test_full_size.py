@@ -53,7 +53,7 @@ def ours(started, graphdef, batch):
         scores = similarity(text, video.fused, video.mask, jnp.exp(scale))
         return found.total, (scores, found)
 
-    transformation = optimizer.make_optimizer(CONFIG)
+    transformation = optimizer.make_optimizer(CONFIG, graphdef.stacked)
 
     def update(gradient, state, trained):
         updates, state = transformation.update(gradient, state, trained)

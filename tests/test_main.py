@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from save_jax import main
+from save_jax import cli, evaluate, main, resume
 from save_jax.cache import __main__ as cache
 from save_jax.errors import OutageError, UserError
 
@@ -63,10 +63,10 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("run", [main.main, cache.command])
 def test_an_outage_is_one_message_and_exit_code_75(monkeypatch, capsys, run):
-    def fail(argv):
+    def fail(*arguments):
         raise OutageError("gs://bucket/a: it does not answer")
 
-    monkeypatch.setattr(main, "parse_config", fail)
+    monkeypatch.setattr(cli, "parse", fail)
     assert run(["command"]) == 75
     assert capsys.readouterr().err == "interrupted: gs://bucket/a: it does not answer\n"
 
@@ -79,10 +79,10 @@ def test_another_config_in_a_workdir_is_refused_by_key(tmp_path):
     config = {"seed": 0, "mode": "train", "optimizer": {"new": 1e-4, "clip": 1e-7}}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    main.check_same_config({**config, "mode": "evaluate"}, path)
+    resume.check_same_config({**config, "mode": "evaluate"}, path)
     changed = {**config, "seed": 1, "optimizer": {"new": 1e-3, "clip": 1e-7}}
     with pytest.raises(UserError) as refusal:
-        main.check_same_config(changed, path)
+        resume.check_same_config(changed, path)
     assert "seed: 0 there, 1 now" in str(refusal.value)
     assert "optimizer.new: 0.0001 there, 0.001 now" in str(refusal.value)
     assert "clip" not in str(refusal.value)
@@ -92,7 +92,7 @@ def test_a_config_file_cut_short_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-        main.check_same_config({"seed": 0}, path)
+        resume.check_same_config({"seed": 0}, path)
 
 
 def test_summary_shows_the_last_and_the_best(tmp_path):
@@ -106,7 +106,7 @@ def test_summary_shows_the_last_and_the_best(tmp_path):
     evaluation(5, 60.0)
     evaluation(10, 50.0)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        main.summarise(tmp_path, "test")
+        evaluate.summarise(tmp_path, "test")
     text = out.getvalue()
     assert text.index("last step (10)") < text.index("step 5; an optimistic protocol")
     assert text.index("50.0") < text.index("60.0")

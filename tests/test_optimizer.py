@@ -22,6 +22,7 @@ from tests.support import reference, small
 
 TOTAL = 20  # so that five steps see the warm-up, its end and the cosine
 CONFIG = OptimizerConfig(total_steps=TOTAL)
+STACKED = small.abstract(small.config())[0].stacked
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model():
 
 @functools.cache  # compiled once for all tests
 def update_step(config):
-    transformation = optimizer.make_optimizer(config)
+    transformation = optimizer.make_optimizer(config, STACKED)
 
     @jax.jit
     def step(gradient, state, trained):
@@ -172,7 +173,7 @@ def test_frozen_groups_have_no_state(model):
     assert trained.keys() | frozen.keys() == started.keys()
     assert not trained.keys() & frozen.keys()
     assert "clip.text.token_embedding" in frozen and "ast.norm.scale" in trained
-    state = jax.eval_shape(optimizer.make_optimizer(CONFIG).init, trained)
+    state = jax.eval_shape(optimizer.make_optimizer(CONFIG, STACKED).init, trained)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     scalars = 2 * sum(value.ndim == 0 for value in trained.values())
     assert moments + scalars == 2 * sum(value.size for value in trained.values())
@@ -183,7 +184,7 @@ def test_a_rate_of_zero_freezes_its_group(model):
     trained, _ = optimizer.partition(model[2], config)
     assert {optimizer.group_of(name) for name in trained} == {"new", "query_tokens"}
     assert optimizer.learning_rates(config, 1).keys() == {"new", "query_tokens"}
-    state = jax.eval_shape(optimizer.make_optimizer(config).init, trained)
+    state = jax.eval_shape(optimizer.make_optimizer(config, STACKED).init, trained)
     assert {leaf.shape for leaf in jax.tree.leaves(state)} <= {
         (), *(value.shape for value in trained.values())
     }  # fmt: skip
@@ -241,7 +242,7 @@ def test_clips_by_hand():
     clipped, _ = optimizer.clip_by_global_norm().update(gradient, None)
     norm = math.sqrt(9 + 25 + 0.25)
     np.testing.assert_allclose(clipped["scalar"], -3 / (norm + 1e-6), rtol=1e-6)
-    clipped, _ = optimizer.clip_by_tensor_norm().update(gradient, None)
+    clipped, _ = optimizer.clip_by_tensor_norm({"blocks.layer.kernel"}).update(gradient, None)
     np.testing.assert_allclose(clipped["scalar"], -1, rtol=1e-5)
     # A stacked tensor is one tensor a layer: the second layer is below 1, and stays.
     layers = [[[0.6, 0.8]], [[0.3, 0.4]]]
@@ -252,7 +253,7 @@ def test_clips_by_hand():
 
 
 def test_zero_gradients_are_finite():
-    for clip in (optimizer.clip_by_global_norm(), optimizer.clip_by_tensor_norm()):
+    for clip in (optimizer.clip_by_global_norm(), optimizer.clip_by_tensor_norm(())):
         clipped, _ = clip.update({"x": jnp.zeros(3), "s": jnp.float32(0)}, None)
         assert not clipped["x"].any() and clipped["s"] == 0
 

@@ -12,9 +12,10 @@ import sys
 
 from launch.benchmark import cache, train
 from launch.benchmark import input as benchmark_input
-from save_jax.errors import UserError
+from save_jax.errors import exit_codes
 
 
+@exit_codes
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -25,11 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add(commands, "train", train)
     _add(commands, "cache", cache)
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options.run(options)
     return 0
 
 

@@ -18,8 +18,9 @@ import jax
 
 from launch.sweep import points
 from save_jax import config as configuration
-from save_jax import main, sharding, train
+from save_jax import sharding, train
 from save_jax.cache import __main__ as command
+from save_jax.data import Splits
 from save_jax.errors import UserError
 
 FROZEN = {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0}  # rates
@@ -99,18 +100,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def steps(config: dict[str, Any], count: int) -> Iterator[tuple[float, float]]:
     """Trains step by step; yields each one's seconds and loss. The first compiles."""
-    if config["dtype"] == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    configuration.set_matmul_precision(config)
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, count)
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_size("batch_size", config["batch_size"], mesh)
-    data = main.Data(config)
+    data = Splits(config)
     training = data.training()
-    graphdef, state = train.create_state(model, rates, config["seed"], mesh)
+    structure, state = train.create_state(model, rates, config["seed"], mesh)
     data.use_cache({**state.trained, **state.frozen}, rates, mesh)
     step = train.jit_train_step(
-        train.make_train_step(graphdef, rates, loss, mesh, config["micro_batch"]), state
+        train.make_train_step(structure, rates, loss, mesh, config["micro_batch"]), state
     )
     batches = sharding.prefetch(training.batches(0, count), mesh)
     for _ in range(count):

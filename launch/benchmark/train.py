@@ -144,9 +144,9 @@ def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_size("batch_size", config["batch_size"], mesh)
     rates = configuration.optimizer_config(config, TOTAL_STEPS)
-    graphdef, state = train.create_state(model, rates, config["seed"], mesh)
+    structure, state = train.create_state(model, rates, config["seed"], mesh)
     step = train.make_train_step(
-        graphdef, rates, configuration.loss_config(config), mesh, config["micro_batch"]
+        structure, rates, configuration.loss_config(config), mesh, config["micro_batch"]
     )
     on_device = sharding.put_batch(batch, mesh)
     flops = roofline.count_flops(jax.make_jaxpr(step)(state, on_device))

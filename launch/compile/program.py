@@ -37,7 +37,7 @@ from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import evaluate, sharding, train
 from save_jax.batch import Batch
-from save_jax.errors import UserError
+from save_jax.errors import UserError, exit_codes
 from save_jax.models.save import SAVEConfig
 
 # Without these, the TPU compiler asks a metadata server who it is, and takes a lock that only the
@@ -221,19 +221,18 @@ def trace_programs(
     loss = configuration.loss_config(config)
     # The number of steps is one constant of the program; without data there is no other.
     rates = configuration.optimizer_config(config, config["steps"] or 1)
-    graphdef, state = train.abstract_state(model, rates, mesh)
+    structure, state = train.abstract_state(model, rates, mesh)
     step = train.jit_train_step(
-        train.make_train_step(graphdef, rates, loss, mesh, config["micro_batch"]), state
+        train.make_train_step(structure, rates, loss, mesh, config["micro_batch"]), state
     )
     # As `save_jax.main` does: else a TPU would multiply float32 in bfloat16.
-    precision = "highest" if config["dtype"] == "float32" else None
-    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+    with jax.default_matmul_precision(configuration.matmul_precision(config["dtype"])):
         batch = batch_shapes(config, model, config["batch_size"], training=True)
         programs = {"training step": step.trace(state, sharding.abstract_batch(batch, mesh))}
         if training_only:
             return programs
         size = config["eval_batch_size"]
-        evaluator = evaluate.Evaluator(graphdef, mesh, size, loss.local_weight)
+        evaluator = evaluate.Evaluator(structure, mesh, size, loss.local_weight)
         params = {**state.trained, **state.frozen}
         batch = batch_shapes(config, model, size, training=False)
         ids = jax.ShapeDtypeStruct(
@@ -458,6 +457,7 @@ def _collective(found: hlo.Collective | None) -> str:
     return f"{found.count} × = {_number(found.bytes / 1e6)}" if found else "none"
 
 
+@exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -471,18 +471,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--training_only", action="store_true", help="leave out evaluation")
     parser.add_argument("--json", action="store_true", help="also print a line of JSON each")
     options, overrides = parser.parse_known_args(argv)
-    try:
-        names = options.topology.split(",")
-        if "here" not in names and not any(name.startswith("gpu") for name in names):
-            jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there
-        targets = [find_target(name) for name in names]
-        if options.batch is not None:
-            overrides.append(f"--config.batch_size={options.batch}")
-        config = points.resolve(options.config, overrides)
-        return _run(config, targets, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = options.topology.split(",")
+    if "here" not in names and not any(name.startswith("gpu") for name in names):
+        jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there
+    targets = [find_target(name) for name in names]
+    if options.batch is not None:
+        overrides.append(f"--config.batch_size={options.batch}")
+    config = points.resolve(options.config, overrides)
+    return _run(config, targets, options)
 
 
 def _run(config: dict[str, Any], targets: list[Target], options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ import sys
 from typing import Any
 
 from launch.report import runs
-from save_jax.config import flatten
-from save_jax.errors import UserError
+from save_jax.errors import UserError, exit_codes
+from save_jax.recorded import flatten
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
 RANKS = ("MdR", "MnR")  # of these, less is better
@@ -217,6 +217,7 @@ def _cell(value: Any, column: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+@exit_codes
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.report",
@@ -241,12 +242,8 @@ def main(argv: list[str] | None = None) -> int:
             write_csv(rows, options.csv)
         if options.plot:
             plot(found, options.metric, options.x, options.plot)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.filename or ''}: {error.strerror}") from error
     return 0
 
 

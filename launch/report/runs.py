@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from save_jax.config import flatten
 from save_jax.errors import UserError
+from save_jax.recorded import flatten
 
 EXIT_FILE = "exit.json"  # {"code": of save_jax.main}, left by whoever launched the run
 LOCK_FILE = "launch.lock"  # locked by a run that was launched here, for as long as it lives

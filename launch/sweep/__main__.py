@@ -16,11 +16,12 @@ import re
 import sys
 
 from launch.sweep import gke, local, points, slurm
-from save_jax.errors import UserError
+from save_jax.errors import UserError, exit_codes
 
 BACKENDS = {"local": local.run, "slurm": slurm.run, "gke": gke.run, "xpk": gke.run_xpk}
 
 
+@exit_codes
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.sweep",
@@ -36,18 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     for backend in (local, slurm, gke):
         backend.add_flags(parser)
     options, base = parser.parse_known_args(argv)
-    try:
-        for argument in base:
-            if not re.fullmatch(r"--config\.[^=]+=.*", argument, re.DOTALL):
-                raise UserError(
-                    f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag that "
-                    "--help shows"
-                )
-        sweep = points.load(options.config, options.workdir, base)
-        return BACKENDS[options.backend](sweep, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for argument in base:
+        if not re.fullmatch(r"--config\.[^=]+=.*", argument, re.DOTALL):
+            raise UserError(
+                f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag that "
+                "--help shows"
+            )
+    sweep = points.load(options.config, options.workdir, base)
+    return BACKENDS[options.backend](sweep, options)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from launch.report import runs
 from save_jax import config as configuration
@@ -88,16 +86,8 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: the file, a key or a value is wrong.
     """
-    values = flags.FlagValues()
-    argv = ["", f"--config={config}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    with configuration.mistakes_named():
-        values(argv)
-        resolved = values.config.to_dict()
-    configuration.check_run(resolved)
-    configuration.model_config(resolved, devices=())  # those of the machine that runs it count
-    configuration.loss_config(resolved)
-    configuration.optimizer_config(resolved, total_steps=1)
+    resolved = configuration.read(config, overrides)
+    configuration.check(resolved, devices=())  # those of the machine that runs it count
     return resolved
 
 

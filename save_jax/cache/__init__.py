@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from save_jax import sharding
+from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.models.save import FEATURES, SAVEConfig, makers
 from save_jax.optimizer import OptimizerConfig, group_of
@@ -266,6 +267,24 @@ class Cache:
             for name, array in self._arrays.items()
             if training or ARRAYS[name] not in ONLY_TRAINING
         }
+
+    def lay_over(
+        self, batches: Iterator[Batch], facts: Mapping[str, tuple[str, np.ndarray]]
+    ) -> Iterator[Batch]:
+        """Yields the batches with what the cache holds of their clips.
+
+        Args:
+            batches: this process's, without what the cache holds.
+            facts: by the field of a batch that takes its clips' rows of it: the cached array that
+                it comes with, and an array [clips].
+        """
+        for batch in batches:
+            rows = np.maximum(batch.index, 0)  # -1 only fills up
+            fields: dict[str, np.ndarray | None] = dict(self.read(rows, batch.caption_index))
+            if "caption_embeddings" in fields:
+                fields["caption_ids"] = None
+            fields |= {name: fact[rows] for name, (array, fact) in facts.items() if array in fields}
+            yield batch._replace(**fields)
 
     def _copy(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
         if array[:1].nbytes < _LARGE:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from save_jax import cache, parameters, sharding
@@ -20,7 +19,7 @@ from save_jax.batch import Batch
 from save_jax.cache import ARRAYS, Plan, Split
 from save_jax.errors import UserError
 from save_jax.models.save import FEATURES, SAVE, SAVEConfig
-from save_jax.parameters import Parameters
+from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, say
 
 SAVED_EVERY = 5.0  # seconds between notes of how far the arrays are
@@ -159,7 +158,7 @@ def write(
     batches: Callable[[int], Iterator[Batch]],
     *,
     model: SAVEConfig,
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     params: Parameters,
     parts: Sequence[str],
     dtype: str,
@@ -172,7 +171,7 @@ def write(
         directory: the cache, DIR.
         split: what to cache.
         batches: (first batch) -> all clips from there, in order, with the inputs of the parts.
-        model, graphdef, params: the model.
+        model, structure, params: the model.
         parts: of PARTS.
         dtype: how AST's states are stored. They are nearly all of a cache; the rest decides
             similarities more directly, and is stored as it is computed. Of the two that take half
@@ -196,7 +195,7 @@ def write(
     if names:
 
         def encode(params: Parameters, batch: Batch) -> dict[str, jax.Array]:
-            net: SAVE = parameters.merge(graphdef, params)
+            net: SAVE = parameters.merge(structure, params)
             given = {name: getattr(batch, name) for name in names if name not in FEATURES}
             with sharding.on_mesh(mesh):
                 given |= net.features(batch, [name for name in names if name in FEATURES])
@@ -221,7 +220,7 @@ def write(
     names = files.unfinished(lambda part: part == "captions")
     if names:
         encode_text = jax.jit(
-            lambda params, ids: parameters.merge(graphdef, params).encode_text(ids),
+            lambda params, ids: parameters.merge(structure, params).encode_text(ids),
             out_shardings=everywhere,
         )
         done, total = files.done(names), len(split.caption_ids)

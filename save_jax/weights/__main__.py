@@ -6,22 +6,20 @@ python -m save_jax.weights export DIR --format=save-pytorch|safetensors --out=FI
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
 
 from configs import base
-from save_jax import checkpoint, parameters
+from save_jax import checkpoint, parameters, recorded
 from save_jax import config as configuration
-from save_jax.errors import UserError
+from save_jax.errors import UserError, exit_codes
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
 from save_jax.weights import export, loading
@@ -106,23 +104,11 @@ def _check_free(out: pathlib.Path, overwrite: bool) -> None:
         raise UserError(f"{out} is a directory that no import has made: give another --out")
 
 
-def _config(path: str) -> dict[str, Any]:
-    """The values of a config file, "FILE.py" or "FILE.py:VARIANT"."""
-    file, _, variant = path.partition(":")
-    spec = importlib.util.spec_from_file_location("config", file)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(*([variant] if variant else [])).to_dict()
-    except (AttributeError, ImportError, OSError, SyntaxError, TypeError) as error:
-        raise UserError(f"--config={path} is not a config file: {error}") from error
-
-
 def _model(args: argparse.Namespace) -> SAVEConfig | None:
     if args.config:
         if args.clip or args.ast:
             raise UserError("--config says the sizes of CLIP and AST: leave --clip and --ast out")
-        return configuration.model_config(_config(args.config), devices=())
+        return configuration.model_config(configuration.read(args.config), devices=())
     if not args.clip and not args.ast:
         return None
     sizes = {}
@@ -161,13 +147,13 @@ def _export(args: argparse.Namespace) -> None:
     else:
         loaded = loading.read(args.source, trust_archive=args.trust_archive)
         values, names = loaded.parameters, loaded.names
-    where, recorded = recorded_config(args.source) or ("", None)
-    config = recorded and configuration.deciding(recorded, where)
+    where, found = recorded_config(args.source) or ("", None)
+    config = found and recorded.deciding(found, where)
     with _appearing_at_once(args.out) as temporary:
         kept = export.write(temporary, values, args.format, args.dtype, names, config)
     print(f"{args.out}: {len(values)} parameters as {args.format}")
     if config and args.format != "safetensors":
-        differing = configuration.differences(base.get_config().to_dict(), config)
+        differing = recorded.differences(base.get_config().to_dict(), config)
         print(
             "such a file does not say what its model was trained as, so say it when you evaluate "
             "it: " + (", ".join(f"{k} = {v!r}" for k, (_, v) in differing.items()) or "the default")
@@ -179,16 +165,13 @@ def _export(args: argparse.Namespace) -> None:
         )
 
 
+@exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, or 2 for a mistake of the user's."""
-    try:
-        args = _parser().parse_args(argv)
-        # Nothing is computed: leave accelerators to others.
-        jax.config.update("jax_platforms", "cpu")
-        _import(args) if args.command == "import" else _export(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = _parser().parse_args(argv)
+    # Nothing is computed: leave accelerators to others.
+    jax.config.update("jax_platforms", "cpu")
+    _import(args) if args.command == "import" else _export(args)
     return 0
 
 

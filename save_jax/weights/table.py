@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from save_jax.errors import UserError
-from save_jax.parameters import STACKED, Parameters
+from save_jax.parameters import Parameters
 from save_jax.weights.files.tensor import Shape, Tensor
 
 LAYER = ".*."  # stands for the layer's number in PyTorch's names: "resblocks.*.ln_1.weight"
@@ -275,7 +275,8 @@ def listing(names: Collection[str]) -> str:
 
 
 def _stack(row: Row) -> str:
-    return row.ours.split(STACKED)[0]
+    """Names the stack of a row's layers, as PyTorch does."""
+    return row.names[0].split(LAYER)[0]
 
 
 def _torch_names(row: Row, shape: Shape) -> list[tuple[str, ...]]:

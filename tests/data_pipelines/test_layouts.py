@@ -18,7 +18,8 @@ from data_pipelines.prepare import main as prepare_main
 from data_pipelines.prepare import prepare, usual_recipe
 from data_pipelines.recipe import version_directory
 from save_jax import config as configuration
-from save_jax import evaluate, main, sharding, train
+from save_jax import evaluate, sharding, train
+from save_jax.data import Splits
 from save_jax.errors import UserError
 from tests.support import miniatures
 
@@ -112,7 +113,7 @@ def test_it_trains_and_evaluates(name, prepared):
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, total_steps=10)
     mesh, state, step, evaluator = program(model, rates, loss)
-    data = main.Data(config)
+    data = Splits(config)
 
     before = {name: np.array(value) for name, value in state.trained.items()}
     for _, batch in sharding.prefetch(data.training().batches(0, 2), mesh):
@@ -130,7 +131,7 @@ def test_it_trains_and_evaluates(name, prepared):
 
 
 def test_groups_reach_the_results(prepared):
-    evaluation = main.Data(tiny("folder", prepared("folder")).to_dict()).evaluation()
+    evaluation = Splits(tiny("folder", prepared("folder")).to_dict()).evaluation()
     assert list(evaluation.groups) == ["", "vision", "", "vision"]
     assert [evaluation.video_ids[row] for row in evaluation.video_of_caption] == [
         "a/deep/six", "a/deep/six", "five", "five",
@@ -147,7 +148,7 @@ def test_a_folder_without_captions_is_prepared_but_not_ranked(miniature_of, tmp_
     assert prepare_main(["folder", f"--root={root}", f"--out={out}", "--workers=1", *flags]) == 0
     entries = json.loads((out / "folder/default/1.0.0/index-test.json").read_text())
     assert len(entries) == 6 and not any(entry["captions"] for entry in entries)
-    data = main.Data(tiny("folder", out).to_dict())
+    data = Splits(tiny("folder", out).to_dict())
     with pytest.raises(UserError, match=r"captions in the split 'test', found 6 clips without any"):
         data.evaluation()
 

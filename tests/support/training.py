@@ -18,6 +18,7 @@ import jax
 
 from save_jax import distributed, evaluate, sharding, train
 from save_jax.checkpoint import Checkpoints
+from save_jax.meter import Meter, Plan
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from save_jax.progress import Writer
@@ -70,23 +71,33 @@ def run(workdir, *, stop_after: int | None = None, rates=RATES, data=None, devic
         final["state"] = state
         return state, scalars
 
+    evaluation = functools.partial(
+        evaluate.run_evaluation,
+        data=synthetic.evaluation_set(BATCH),
+        evaluator=evaluator,
+        writer=writer,
+        workdir=workdir,
+    )
+    plan = Plan(
+        total_steps=rates.total_steps,
+        steps_per_epoch=training.steps_per_epoch,
+        batch_size=BATCH,
+        eval_every=eval_every,
+        checkpoint_every=3,
+        log_every=1,
+    )
     try:
-        train.train(
-            state,
-            keep,
-            training=training,
-            evaluation=synthetic.evaluation_set(BATCH),
-            evaluator=evaluator,
-            checkpoints=checkpoints,
-            writer=writer,
-            mesh=mesh,
-            optimizer_config=rates,
-            workdir=workdir,
-            batch_size=BATCH,
-            eval_every=eval_every,
-            checkpoint_every=3,
-            log_every=1,
-        )
+        with train.StopRequest(mesh) as stop:
+            train.train(
+                state,
+                keep,
+                training=training,
+                evaluate=evaluation,
+                checkpoints=checkpoints,
+                meter=Meter(plan, rates, writer, first=step or 0),
+                plan=plan,
+                stop=stop,
+            )
     finally:
         checkpoints.wait()
         writer.close()

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from save_jax import checkpoint
-from save_jax import config as configuration
+from save_jax import checkpoint, recorded
 from save_jax.errors import UserError
 from save_jax.weights.files import hub, pytorch, safetensors, torchscript
 from save_jax.weights.files.tensor import Tensor, Tensors
@@ -140,8 +139,8 @@ def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
         UserError: it cannot be read.
     """
     if checkpoint.is_ours(where):
-        path = checkpoint.workdir_of(where) / configuration.RECORDED
-        return str(path), configuration.read_recorded(path) if path.exists() else None
+        path = checkpoint.workdir_of(where) / recorded.RECORDED
+        return str(path), recorded.read(path) if path.exists() else None
     file = pathlib.Path(where).expanduser()
     if file.is_dir():
         file /= hub.WEIGHTS[0]

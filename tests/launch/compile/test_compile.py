@@ -81,8 +81,9 @@ def run(config: dict, workdir, monkeypatch) -> dict[str, str]:
 
         return recording
 
-    def training(state, train_step, *, training, evaluation, evaluator, mesh, **_):
-        _, batch = next(sharding.prefetch(training.batches(0, 1), mesh))
+    def training(state, train_step, *, training, evaluate, **_):
+        evaluation, evaluator = (evaluate.keywords[name] for name in ("data", "evaluator"))
+        _, batch = next(sharding.prefetch(training.batches(0, 1), state.step.sharding.mesh))
         lowered["training step"] = train_step.lower(state, batch).as_text()
         params = {**state.trained, **state.frozen}
         evaluator.encode_video = record("video embedding", evaluator.encode_video)

@@ -1,0 +1,102 @@
+"""Flags that commands share, and how a config is read from a command line.
+
+Flags live in an object of their own, made when a command runs: importing a module defines none, so
+that `save_jax.main.run` can be called from a notebook or another launcher.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+import configs
+from save_jax import config as configuration
+from save_jax import distributed
+from save_jax.errors import UserError
+
+DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
+
+
+class CommandLine(NamedTuple):
+    """What a command line says.
+
+    Attributes:
+        config: all of the config's values.
+        explicit: the config's keys that the command line sets itself.
+        flags: the other flags, as attributes.
+    """
+
+    config: dict[str, Any]
+    explicit: tuple[str, ...]
+    flags: flags.FlagValues
+
+
+def parse(
+    argv: Sequence[str],
+    description: str,
+    define: Callable[[flags.FlagValues], None] = lambda values: None,
+) -> CommandLine:
+    """Reads a command line with --config, its overrides, and the flags of several processes.
+
+    Args:
+        argv: the program's name and its arguments.
+        description: what --help shows above the flags.
+        define: defines a command's own flags.
+
+    Raises:
+        UserError: whatever is wrong with it.
+        SystemExit: --help was asked for, and is printed.
+    """
+    # config_flags wants --config before what it overrides. The default cannot be the flag's own:
+    # it would be read, overrides and all, before a mistake in them can be reported.
+    chosen = [arg for arg in argv[1:] if arg.startswith(("--config=", "-config="))]
+    rest = [arg for arg in argv[1:] if arg not in chosen]
+    if not chosen and "--config" not in rest and "-config" not in rest:
+        chosen = [f"--config={DEMO}"]
+    ordered = [argv[0], *chosen, *rest]
+    values = flags.FlagValues()
+    configuration.define_flag(values, ordered)
+    define(values)
+    _define_processes(values)
+    if any(arg.lstrip("-") in ("help", "h", "helpfull", "helpshort") for arg in rest):
+        print(f"{description.strip()}\n\n{values.get_help()}")
+        sys.exit(0)
+    with configuration.user_errors():
+        stray = values(ordered)[1:]
+        config = values.config.to_dict()
+    if stray:
+        raise UserError(f"unexpected arguments: {' '.join(stray)}")
+    return CommandLine(config, tuple(config_flags.get_override_values(values["config"])), values)
+
+
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, of several, where no cluster tells it.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "How many, with --coordinator.", flag_values=values)
+    flags.DEFINE_integer(
+        "process_id", None, "Which one, from 0, with --coordinator.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join other processes even if this does not look like a cluster.",
+        flag_values=values,
+    )
+
+
+def join_processes(values: flags.FlagValues) -> None:
+    """Joins the other processes of this run that the flags or the environment tell of.
+
+    Raises:
+        UserError: see `processes.join`.
+    """
+    distributed.join(
+        values.coordinator, values.num_processes, values.process_id, values.distributed
+    )

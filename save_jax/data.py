@@ -1,0 +1,235 @@
+"""The splits of a config as training, evaluation and the cache want them.
+
+The only module that knows both the model's configs and the data pipelines, which it imports only
+where they are needed: TensorFlow comes with them.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+
+from save_jax import cache, evaluate, optimizer, recorded, train
+from save_jax import config as configuration
+from save_jax.batch import Batch
+from save_jax.errors import UserError
+from save_jax.parameters import Parameters
+from save_jax.progress import say
+
+SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
+
+
+class Splits:
+    """Opens the splits of a config.
+
+    Args:
+        config: all of a config's values.
+
+    Raises:
+        UserError: packages that read data are not installed.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        try:
+            from data_pipelines import input as pipeline
+            from save_jax.tokenizer import Tokenizer
+        except ImportError as error:
+            raise UserError(
+                f"reading data needs the package {error.name!r}: pip install 'save_jax[data]'"
+            ) from error
+        self._pipeline = pipeline
+        self._config, data = config, config["data"]
+        self._model = configuration.model_config(config)
+        self._tokenizer = Tokenizer(data["tokenizer"])
+        self._splits: dict[str, Any] = {}
+        self._caches: dict[str, cache.Cache] = {}
+        self._processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+
+    def _open(self, split: str) -> Any:
+        data = self._config["data"]
+        if not data["dir"]:
+            raise UserError(
+                "config.data.dir is empty: prepare the data once with `python -m "
+                f"data_pipelines.prepare {data['dataset']} --root=ROOT --out=DIR`, then pass "
+                "--config.data.dir=DIR"
+            )
+        self._splits[split] = self._pipeline.open_split(
+            data["dir"],
+            data["dataset"],
+            data["variant"],
+            split,
+            configuration.expected_recipe(self._model, data["max_frames"]),
+        )
+        return self._splits[split]
+
+    def use_cache(
+        self, params: Parameters, rates: optimizer.OptimizerConfig, mesh: jax.sharding.Mesh
+    ) -> None:
+        """Reads from config.cache.dir, from now on, what encoders that `rates` freeze compute.
+
+        Raises:
+            UserError: the cache is of other weights, data or sizes, or is not complete.
+        """
+        directory = self._config["cache"]["dir"]
+        if not directory:
+            return
+        parts = cache.frozen_parts(self._model, rates, params)
+        for split in self._splits.values():
+            if not cache.has_split(directory, split.name):
+                say(f"{split.name}: not in the cache {directory}: everything is computed")
+                continue
+            found = cache.open_split(
+                directory, self._for_cache(split), self._model, params, parts, mesh
+            )
+            self._caches[split.name] = found
+            say(f"{split.name}: {', '.join(sorted(found.parts))} from the cache {directory}")
+
+    def _for_cache(self, split: Any) -> cache.Split:
+        """Returns what a cache must know of an open split."""
+        words, teacher = self._config["data"]["max_words"], self._config["loss"]
+        stored = self._pipeline.records_sample(split, SAMPLED_RECORDS)
+        return cache.Split(
+            split.name,
+            split.num_clips,
+            cache.digest(split.recipe.to_json(), *split.video_ids, *stored),
+            self._tokenizer(self._pipeline.caption_table(split).texts, words),
+            self._tokenizer(split.transcripts, words),
+            split.recipe.max_frames,
+            split.recipe.teacher_size if teacher["soft_albef_weight"] else 0,
+        )
+
+    def to_cache(
+        self, split: str, parts: Collection[str]
+    ) -> tuple[cache.Split, Callable[[int], Iterator[Batch]]]:
+        """Returns the split to cache, and (first batch) -> the stream of its clips."""
+        opened = self._open(split)
+
+        def batches(first: int) -> Iterator[Batch]:
+            return self._pipeline.clip_batches(
+                opened,
+                batch_size=self._config["eval_batch_size"],
+                max_words=self._config["data"]["max_words"],
+                tokenizer=self._tokenizer,
+                frames="frames" in parts,
+                sound="ast" in parts,
+                speech="speech" in parts,
+                teacher="teacher" in parts,
+                start_step=first,
+                **self._processes,
+            )
+
+        return self._for_cache(opened), batches
+
+    def _reading(self, split: Any) -> dict[str, Any]:
+        """Returns what to read of a split: what the model wants, but for what a cache holds."""
+        parts = self._cached_parts(split)
+        return {
+            "max_words": self._config["data"]["max_words"],
+            "tokenizer": self._tokenizer,
+            "frames": "frames" not in parts,
+            "sound": bool(self._model.sound_weight) and "ast" not in parts,
+            "speech": bool(self._model.speech_weight) and "speech" not in parts,
+            **self._processes,
+        }
+
+    def _cached_parts(self, split: Any) -> frozenset[str]:
+        found = self._caches.get(split.name)
+        return found.parts if found else frozenset()
+
+    def _with_cache(self, split: Any, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Lays what the cache holds of a split over its batches."""
+        found = self._caches.get(split.name)
+        if found is None:
+            return batches
+        # What the pipeline gives only with arrays that it does not read now.
+        facts = {
+            "has_audio": ("ast_states", split.has_audio),
+            "has_teacher": ("teacher_video", split.has_teacher),
+        }
+        return found.lay_over(batches, facts)
+
+    def training(self) -> train.TrainingSet:
+        """Opens the training split."""
+        split = self._open(self._config["data"]["train_split"])
+        directory = self._config["cache"]["dir"]
+        if directory and not cache.has_split(directory, split.name):
+            raise UserError(
+                f"config.cache.dir = {directory!r}: expected a cache of the split {split.name!r} "
+                "there, found none. Write it with `python -m save_jax.cache --config=… "
+                f"--init_from=… --out={directory}`, or leave config.cache.dir empty."
+            )
+
+        def batches(start_step: int, total_steps: int) -> Iterator[Batch]:
+            read = self._pipeline.train_batches(
+                split,
+                batch_size=self._config["batch_size"],
+                seed=self._config["seed"],
+                start_step=start_step,
+                total_steps=total_steps,
+                teacher=bool(self._config["loss"]["soft_albef_weight"])
+                and "teacher" not in self._cached_parts(split),
+                **self._reading(split),
+            )
+            return self._with_cache(split, read)
+
+        per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
+        say(
+            f"training on {split.num_clips} clips, {split.num_pairs} captions: "
+            f"{per_epoch} steps an epoch"
+        )
+        return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
+
+    def evaluation(self) -> evaluate.EvaluationSet:
+        """Opens the evaluation split."""
+        split = self._open(self._config["data"]["eval_split"])
+        table = self._pipeline.caption_table(split)
+        if not table.texts:
+            raise UserError(
+                f"expected captions in the split {split.name!r}, found {split.num_clips} clips "
+                "without any: there is nothing to rank them by. "
+                "Add captions to the annotations (captions.csv for your own folder) and prepare "
+                "again, or evaluate another split: --config.data.eval_split=NAME"
+            )
+        max_words = self._config["data"]["max_words"]
+
+        def batches() -> Iterator[Batch]:
+            read = self._pipeline.clip_batches(
+                split, batch_size=self._config["eval_batch_size"], **self._reading(split)
+            )
+            return self._with_cache(split, read)
+
+        return evaluate.EvaluationSet(
+            split.name,
+            batches,
+            split.video_ids,
+            table.texts,
+            self._tokenizer(table.texts, max_words),
+            table.video_rows,
+            table.groups,
+            recorded.protocol(self._config),
+        )
+
+
+def prepare_demo(config: dict[str, Any]) -> None:
+    """Makes the demo's clips and prepares them, unless that is done already."""
+    from data_pipelines.prepare import prepare
+    from data_pipelines.recipe import Recipe
+
+    data = config["data"]
+    model = configuration.model_config(config)
+    prepare(
+        "demo",
+        root=None,
+        out=data["dir"],
+        variant=data["variant"],
+        recipe=Recipe(
+            image_size=model.clip.image_size,
+            max_frames=data["max_frames"],
+            fbank_frames=model.ast.fbank_frames,
+            mel_bins=model.ast.mel_bins,
+        ),
+        wait=True,  # another process of this run may be at it
+    )

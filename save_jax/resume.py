@@ -1,0 +1,171 @@
+"""What a run starts from: its own checkpoint, a run's or PyTorch's weights, or random ones."""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from save_jax import checkpoint, files, optimizer, recorded, train
+from save_jax.checkpoint import Checkpoints, TrainState
+from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+from save_jax.optimizer import OptimizerConfig
+from save_jax.parameters import Parameters, Structure
+from save_jax.progress import say
+
+# Keys that may change when a run is resumed: they do not touch its result.
+FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
+FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
+
+RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
+
+
+def check_same_config(config: dict[str, Any], path: files.Path) -> None:
+    """Raises UserError naming the keys in which a run's recorded config differs from `config`."""
+    there, here = recorded.flatten(recorded.read(path)), recorded.flatten(config)
+    differing = [
+        f"  {key}: {there.get(key, '(absent)')!r} there, {here.get(key, '(absent)')!r} now"
+        for key in sorted(set(there) | set(here))
+        if key not in FREE_KEYS and there.get(key) != here.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{path.parent} holds a run with another config:\n"
+            + "\n".join(differing)
+            + "\nUse another --workdir, or the config it was started with."
+        )
+
+
+def as_trained(
+    config: dict[str, Any], workdir: files.Path, explicit: Collection[str]
+) -> dict[str, Any]:
+    """The config to evaluate with: what decides a run's scores is the run's own, and is said.
+
+    Raises:
+        UserError: an explicit key contradicts the run, or the workdir is another run's.
+    """
+    from save_jax.weights.files import recognise
+
+    source = config["init_from"] or str(checkpoint.find(workdir))
+    found = recognise.recorded_config(source)
+    if checkpoint.is_ours(source) and (workdir / recorded.RECORDED).exists():
+        home = checkpoint.workdir_of(source)
+        if os.path.realpath(home) != os.path.realpath(workdir):
+            raise UserError(
+                f"{workdir} holds a run, and config.init_from = {source!r} is of another, whose "
+                "evaluation would take the place of its own. Leave config.init_from empty to "
+                "evaluate the run in the workdir, or use another --workdir"
+            )
+    elif not checkpoint.is_ours(source) and checkpoint.is_ours(workdir):
+        say(
+            f"evaluating {source}, not the run in {workdir}: for that, leave config.init_from empty"
+        )
+    if found is None:
+        return config
+    where, trained = found
+    if trained is None:
+        say(f"there is no {where}: {source} is evaluated as the config says")
+        return config
+    config, lines = recorded.as_trained(config, trained, where, explicit)
+    for line in lines:
+        say(line)
+    return config
+
+
+def initial_state(
+    config: dict[str, Any],
+    model: SAVEConfig,
+    rates: OptimizerConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    trust_archive: bool = False,
+) -> tuple[Structure, TrainState, int | None]:
+    """Creates the state that training starts from, and says which.
+
+    Returns:
+        The model's structure, the state, and the step of the checkpoint that it resumes; None when
+        training begins.
+
+    Raises:
+        UserError: a checkpoint or config.init_from cannot be read, or does not fit the model.
+    """
+    structure, state = train.create_state(model, rates, config["seed"], mesh)
+    say(optimizer.describe({**state.trained, **state.frozen}, rates))
+    step = checkpoints.latest_step()
+    if step is not None:
+        state = checkpoints.restore(step, state)
+        say(f"resuming from checkpoint {step} of {rates.total_steps} in {checkpoints.workdir}")
+    elif config["init_from"]:
+        current = {**state.trained, **state.frozen}
+        loaded = load_weights(config, model, current, trust_archive=trust_archive)
+        trained, frozen = optimizer.partition(loaded, rates)
+        state = state._replace(trained=trained, frozen=frozen)
+    else:
+        say(RANDOM.format(seed=config["seed"]))
+    return structure, state, step
+
+
+def evaluated_parameters(
+    config: dict[str, Any],
+    workdir: files.Path,
+    model: SAVEConfig,
+    mesh: jax.sharding.Mesh,
+    trust_archive: bool = False,
+) -> tuple[Structure, Parameters, int, str]:
+    """Reads the parameters to evaluate: of config.init_from or, without it, of the workdir's run.
+
+    Returns:
+        The model's structure, its parameters, the step that they are of, and where they are from.
+
+    Raises:
+        UserError: they cannot be read, do not fit the model, or are not all there.
+    """
+    structure, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
+    source = config["init_from"]
+    if not source or checkpoint.is_ours(source):
+        found = checkpoint.find(source or workdir)
+        step, params = checkpoint.load_parameters(found, state.frozen)
+        return structure, params, step, str(found)
+    params = load_weights(config, model, state.frozen, complete=True, trust_archive=trust_archive)
+    return structure, params, 0, source
+
+
+def load_weights(
+    config: dict[str, Any],
+    model: SAVEConfig,
+    current: Parameters,
+    *,
+    complete: bool = False,
+    trust_archive: bool = False,
+) -> Parameters:
+    """All parameters: those that config.init_from holds, the rest as in `current`.
+
+    Says in what the model differs from that of a run which they are from.
+
+    Raises:
+        UserError: the source does not fit the model or, with `complete`, lacks some of it.
+    """
+    from save_jax import weights
+    from save_jax.weights.files import recognise
+
+    source = config["init_from"]
+    loaded = weights.load(source, model, current, trust_archive=trust_archive)
+    say("\n".join(loaded.notes))
+    for part, origin in weights.parse(source):
+        where, found = recognise.recorded_config(origin) or ("", None)
+        if found is None:
+            continue
+        trained = recorded.deciding(found, where)
+        for key, (here, there) in recorded.differences(config, trained, part).items():
+            say(f"{key}: {here!r} in the config, {there!r} in {where}, where the weights are from")
+    if complete and loaded.absent:
+        raise UserError(
+            f"{source} lacks {len(loaded.absent)} of the model's arrays, {loaded.absent[0]} first: "
+            "evaluate it with the config of the model that it holds"
+        )
+    placed = {
+        name: jax.device_put(value, current[name].sharding)
+        for name, value in loaded.parameters.items()
+    }
+    return current | placed
