@@ -1,5 +1,7 @@
 """Every experiment's config: what differs from the base, and that the model takes it."""
 
+import dataclasses
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -74,7 +76,8 @@ def test_an_unknown_model(name):
 def test_the_base_has_the_defaults_of_the_code():
     """So that a key which a run's config.json lacks means one thing."""
     plain = base.get_config().to_dict()
-    assert configuration.model_config(plain, "cpu") == SAVEConfig()
+    model = configuration.model_config(plain, [])
+    assert dataclasses.replace(model, attention=SAVEConfig.attention) == SAVEConfig()
     assert configuration.loss_config(plain) == LossConfig()
 
 
