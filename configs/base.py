@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     # from the config.json of the run that it evaluates.
     config.mode = "train"
     config.seed = 0
-    config.init_from = ""  # a run, or PyTorch weights (see the README); "" starts at random
+    config.init_from = ""  # a run, or PyTorch weights (see save_jax/README.md); "" starts at random
     # Compute dtype: "float32" or "bfloat16" (NVIDIA: since Ampere); parameters stay float32.
     config.dtype = "float32"
 
