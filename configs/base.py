@@ -4,9 +4,15 @@ Rates, sizes and constants are those of the paper's released code; see each comm
 means and `python -m save_jax.main --help` for how to set one from the command line.
 """
 
+import dataclasses
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from save_jax.errors import UserError
+from save_jax.models.save import SAVEConfig
+from save_jax.objectives import LossConfig
+from save_jax.optimizer import OptimizerConfig
 
 # The baselines are settings of the one model, not code of their own.
 MODELS = {
@@ -85,44 +91,26 @@ def get_config() -> ConfigDict:
     # CLIP hardly moves), CLIP is too, and a step is many times as fast.
     config.cache = ConfigDict({"dir": ""})
 
+    # The branches' weights (one of weight 0 does not exist), sizes, and what is computed again in
+    # the backward pass: save_jax/models/save.py says what each key means.
     config.model = ConfigDict(
         {
+            **_defaults(SAVEConfig, "dtype"),
             "clip": "ViT-B/32",  # a name, or sizes: see save_jax/models/clip.py
             "ast": "base",  # likewise: save_jax/models/ast.py
-            # video = vision·v + sound·â + speech·ŝ; a branch of weight 0 does not exist.
-            "vision_weight": 1.0,
-            "sound_weight": 0.5,
-            "speech_weight": 0.5,
-            "frame_positions": True,
-            "fusion_layers": 4,
-            "audio_queries": 12,
-            "init_std": 0.02,  # of weights that start from nothing
-            # Computed again in the backward pass: "none", "products" (all but matrix products), or
-            # "blocks" (whole transformer blocks). Less memory, more time, the same result.
-            "remat": "none",
             "attention": "auto",  # kernel: "xla"; "cudnn" (NVIDIA, bfloat16); "auto" chooses
         }
     )
 
-    config.loss = ConfigDict(
-        {
-            "margin_beta": 0.2,
-            "margin_delta": 0.1,
-            "soft_albef_weight": 1.0,
-            "local_weight": 0.5,
-        }
-    )
+    # The margin, soft-ALBEF and the similarity's parts: save_jax/objectives.py.
+    config.loss = ConfigDict(_defaults(LossConfig))
 
-    # Peak learning rates; a group of rate 0 is frozen, and costs no optimiser memory.
-    config.optimizer = ConfigDict(
-        {
-            "clip": 1e-7,  # 0 freezes all of CLIP, temperature included: see cache
-            "clip_stem": 0.0,
-            "ast": 0.0,
-            "ast_norm": 1e-7,
-            "new": 1e-4,
-            "query_tokens": 1e-2,
-            "weight_decay": 0.2,
-        }
-    )
+    # Peak learning rates; a group of rate 0 is frozen, and costs no optimiser memory. What belongs
+    # to which group: save_jax/optimizer.py. clip=0 freezes all of CLIP, temperature included.
+    config.optimizer = ConfigDict(_defaults(OptimizerConfig, "total_steps"))
     return config
+
+
+def _defaults(cls: type, *without: str) -> dict[str, Any]:
+    """Returns the defaults of a dataclass of the code, where alone each constant stands."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in without}

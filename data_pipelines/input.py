@@ -20,11 +20,11 @@ from array_record.python import array_record_data_source
 from etils import epath
 
 from data_pipelines.prepare import prepared_by
-from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.storage.local_copies import local_copies
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 from save_jax.tokenizer import Tokenizer
 
 # TensorFlow only reads and decodes here; on first use it would reserve the whole GPU. Where it was

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from data_pipelines.prepared import is_remote
 from save_jax.errors import OutageError, UserError
+from save_jax.files import is_remote
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

@@ -7,10 +7,7 @@ import tempfile
 
 from etils import epath
 
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path names an object in a store (gs://…) rather than a file here."""
-    return "://" in os.fspath(path)
+from save_jax.files import is_remote
 
 
 def work_directory(directory: epath.Path) -> epath.Path:

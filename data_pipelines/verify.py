@@ -19,11 +19,11 @@ from data_pipelines import datasets, outages
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import teacher, teacher_files
 from data_pipelines.modalities.transcripts import read_asr
-from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
 from data_pipelines.tables import table
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 
 _EXAMPLES = 3  # names given of each kind of thing that is absent
 _MOST_LINES = 8  # of what stops training

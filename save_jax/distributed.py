@@ -87,23 +87,23 @@ def hold(workdir: files.Path) -> Iterator[None]:
         UserError: another run holds it; on every process.
     """
     with contextlib.ExitStack() as stack:
-        refusal = None
+        refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
                 stack.enter_context(files.hold(workdir))
-            except UserError as error:
+            except Exception as error:  # whatever it is, the others must not wait for this process
                 refusal = error
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
             np.bool_(refusal is not None)
         ):
-            refusal = refusal or UserError(f"{workdir} is in use; process 0 says by whom")
+            refusal = refusal or UserError(f"{workdir} cannot be used; process 0 says why")
         if refusal is not None:
             raise refusal
         yield
 
 
 @contextlib.contextmanager
-def lost_peers_end_this_one() -> Iterator[None]:
+def exit_if_peer_lost() -> Iterator[None]:
     """Ends this process, code 1 and one message, when a computation fails for want of another.
 
     The others' results will never come; waiting for them at exit would only hang.

@@ -66,14 +66,25 @@ def is_remote(where: str | os.PathLike) -> bool:
 
 
 def write(where: Path, text: str | bytes) -> None:
-    """Writes a file that appears under its name only once it is complete."""
+    """Writes a file that appears under its name only once it is complete, whatever happens.
+
+    Raises:
+        OSError: the system or the store refuses; a file of that name is as it was.
+    """
     content = text.encode() if isinstance(text, str) else text
     if is_remote(where):
         where.write_bytes(content)
         return
-    temporary = where.with_name(f".{where.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, where)
+    temporary = where.with_name(f".{where.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut, a name must not stand for nothing
+        os.replace(temporary, where)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -86,7 +97,7 @@ def hold(directory: Path) -> Iterator[None]:
     directory, it is removed again.
 
     Raises:
-        UserError: another process holds it; the message says which.
+        UserError: another process holds it, and the message says which; or it cannot be written to.
     """
     holder = (
         f"process {os.getpid()} on {socket.gethostname()}, since "
@@ -107,11 +118,15 @@ def _held(directory: Path, holder: str) -> UserError:
 def _lock(directory: pathlib.Path, holder: str) -> Iterator[None]:
     path = directory / LOCK
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, closed below
         except FileNotFoundError:  # who held it before has just removed the empty directory
             continue
+        except OSError as error:
+            raise UserError(
+                f"{directory}: expected a directory to write to, found: {error}. Choose another."
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -206,7 +206,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
     workdir = files.path(line.flags.workdir)
     cli.join_processes(line.flags)
-    with distributed.lost_peers_end_this_one():
+    with distributed.exit_if_peer_lost():
         complete = run(
             line.config,
             workdir,

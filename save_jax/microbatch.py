@@ -1,4 +1,4 @@
-"""Rows worked through block by block, with what a block needs in between forgotten and made again.
+"""Maps a function over micro-batches, rematerialising activations in the backward pass.
 
 `map_blocks` runs one block after the other and keeps only results; in the backward pass it computes
 each block again. With an encoder as the function this is gradient caching (Gao et al. 2021,
@@ -33,7 +33,7 @@ def map_blocks(f: Callable[[Tree], Tree], rows: Tree, blocks: int) -> Tree:
     """
     if blocks == 1:
         return jax.tree.map(lambda x: x[None], f(rows))
-    block_by_block = jax.checkpoint(lambda block: f(sharding.by_rows(block)))
+    block_by_block = jax.checkpoint(lambda block: f(sharding.shard_rows(block)))
     return jax.lax.map(block_by_block, jax.tree.map(lambda x: _split(x, blocks), rows))
 
 
@@ -42,7 +42,7 @@ def join(results: Tree) -> Tree:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
-def fewest(rows: int, shards: int, most: int) -> int:
+def fewest_blocks(rows: int, shards: int, most: int) -> int:
     """The smallest number of equal blocks with at most `most` rows a shard, or else one row.
 
     Args:

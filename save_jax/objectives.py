@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from save_jax import sharding
-from save_jax.microbatch import fewest, map_blocks
+from save_jax.microbatch import fewest_blocks, map_blocks
 from save_jax.models.save import VideoEmbedding
 from save_jax.similarity import MASKED, PRECISION, global_vector, normalise, similarity
 
@@ -93,7 +93,7 @@ def contrastive_loss(
     scale = jnp.exp(logit_scale)
     text = normalise(text)
     visual = global_vector(video.visual, video.mask)
-    all_text, all_visual = sharding.everywhere((text, visual))
+    all_text, all_visual = sharding.replicate((text, visual))
     index = jnp.arange(len(text))
 
     def against_all_captions(block: tuple[Array, ...]) -> tuple[Array, Array, Array]:
@@ -138,11 +138,11 @@ def soft_albef_loss(
         blocks: in how many blocks of rows (and then of columns) to compare.
     """
     teacher_visual, teacher_audio = normalise(teacher_visual), normalise(teacher_audio)
-    all_usable = sharding.everywhere(usable)
+    all_usable = sharding.replicate(usable)
     count = all_usable.sum()
 
     def mean_distance(student: tuple[Array, Array], teacher: tuple[Array, Array]) -> Array:
-        all_student, all_teacher = sharding.everywhere((student[1], teacher[1]))
+        all_student, all_teacher = sharding.replicate((student[1], teacher[1]))
 
         def centred_softmax(rows: Array, columns: Array) -> Array:
             x = SOFT_LABEL_SCALE * jnp.matmul(rows, columns.T, precision=PRECISION)
@@ -190,7 +190,7 @@ def losses(
         shards: devices that the batch is spread over: how much memory there is for a block.
     """
     batch, frames = video.mask.shape
-    blocks = fewest(batch, shards, MOST_SCORES // (batch * frames))
+    blocks = fewest_blocks(batch, shards, MOST_SCORES // (batch * frames))
     contrastive = contrastive_loss(text, video, logit_scale, config, blocks)
     soft_albef = jnp.zeros(())
     if config.soft_albef_weight:

@@ -114,19 +114,19 @@ def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)
 
 
-def by_rows(tree: Any) -> Any:
-    """Asks that arrays be split by rows, as the batch is. Without a mesh, nothing happens."""
+def shard_rows(tree: Any) -> Any:
+    """Constrains arrays to be split by rows, as the batch is. Without a mesh, nothing happens."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.tree.map(lambda x: _constrain(x, _row_spec(mesh)), tree)
 
 
-def everywhere(tree: Any) -> Any:
-    """Asks that every device hold the whole arrays. Without a mesh, nothing happens."""
+def replicate(tree: Any) -> Any:
+    """Constrains arrays to be whole on every device. Without a mesh, nothing happens."""
     return jax.tree.map(lambda x: _constrain(x, PartitionSpec()), tree)
 
 
-def put_together(tree: Any) -> Any:
-    """Sliced parameters of one layer, whole; their gradients come back in the same slices."""
+def all_gather(tree: Any) -> Any:
+    """Gathers the sharded parameters of one layer; their gradients are reduce-scattered."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(FSDP, 1) == 1:
         return tree

@@ -104,7 +104,7 @@ def make_train_step(
     ) -> tuple[jax.Array, objectives.Losses]:
         params = {
             # Stacked ones are put together layer by layer, where they are used.
-            name: x if name in structure.stacked else sharding.put_together(x)
+            name: x if name in structure.stacked else sharding.all_gather(x)
             for name, x in {**trained, **frozen}.items()
         }
         model: save.SAVE = parameters.merge(structure, params)
@@ -156,11 +156,11 @@ def _encode_frozen(
         for name, feature in save.FEATURES.items()
         if model.config.has(name)
         and getattr(batch, feature.source) is not None
-        and not save.makers(feature.tower, trained)
+        and not save.tower_parameters(feature.tower, trained)
     }
     made = microbatch.map_blocks(lambda block: model.features(block, sources), batch, count)
     return batch._replace(
-        **dict.fromkeys(sources.values()), **sharding.by_rows(microbatch.join(made))
+        **dict.fromkeys(sources.values()), **sharding.shard_rows(microbatch.join(made))
     )
 
 

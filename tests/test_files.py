@@ -154,3 +154,12 @@ with files.hold(where):
     assert done.returncode == 1, done.stderr
     assert "was taken over by process 9 on pod-2" in done.stderr
     assert not (tmp_path / "late").exists()
+
+
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path):
+    (tmp_path / "run").touch()
+    with (
+        pytest.raises(UserError, match=r"run: expected a directory to write to"),
+        files.hold(tmp_path / "run"),
+    ):
+        pass

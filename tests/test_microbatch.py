@@ -46,4 +46,4 @@ def test_unequal_blocks_are_refused():
     [(128, 1, 1000, 1), (128, 1, 64, 2), (128, 8, 10, 2), (96, 8, 5, 3), (24, 8, 0, 3)],
 )
 def test_the_fewest_blocks_that_fit(rows, shards, most, expected):
-    assert microbatch.fewest(rows, shards, most) == expected
+    assert microbatch.fewest_blocks(rows, shards, most) == expected

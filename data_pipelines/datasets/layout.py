@@ -20,6 +20,7 @@ from data_pipelines import outages
 from data_pipelines.datasets import annotations
 from data_pipelines.datasets.types import Annotations, Clip, Problem
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
@@ -216,7 +217,7 @@ def _folders(parent: str) -> dict[str, str]:
     """The folders in a folder that are not empty, by name; none when there is no such folder."""
     _, names, _ = next(outages.walk(parent), (parent, [], []))
     paths = {n: os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")}
-    if "://" in parent:  # where there are no empty folders
+    if is_remote(parent):  # where there are no empty folders
         return paths
     with outages.reaching(parent):
         return {name: path for name, path in paths.items() if os.listdir(path)}
@@ -231,7 +232,7 @@ def _walk(folder: str, problems: list[Problem]) -> Iterator[str]:
     Raises:
         OutageError: a folder cannot be listed now.
     """
-    walk = _walk_remote(folder) if "://" in folder else _walk_local(folder, "", (), problems)
+    walk = _walk_remote(folder) if is_remote(folder) else _walk_local(folder, "", (), problems)
     for path in walk:
         try:
             path.encode()

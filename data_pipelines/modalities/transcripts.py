@@ -11,6 +11,7 @@ from etils import epath
 
 from data_pipelines import outages
 from data_pipelines.datasets import annotations
+from save_jax import files
 from save_jax.errors import OutageError, UserError
 
 _log = logging.getLogger(__name__)
@@ -71,12 +72,10 @@ def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
         OutageError: it cannot be written now.
     """
     final = epath.Path(path)
-    partial = final.parent / f"{final.name}.tmp"
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(f"[\n{lines}\n]\n" if lines else "[]\n", encoding="utf-8")
-        partial.replace(final)
+        files.write(final, f"[\n{lines}\n]\n" if lines else "[]\n")
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -16,8 +16,8 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines import outages
-from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe
+from save_jax.files import is_remote
 
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from data_pipelines.datasets import annotations
 from data_pipelines.datasets.types import Clip, Problem
-from data_pipelines.modalities import audio, record, transcripts, video
+from data_pipelines.modalities import audio, record, transcripts
 from data_pipelines.pool import in_order
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 
 # What a clip can turn out to hold, in the order in which the summary counts it.
 SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"
@@ -333,7 +334,7 @@ def _key(clip: Clip) -> str:
 
 def _journal(path: str) -> Path:
     """Where the entries are kept until all are there; here, because stores cannot append."""
-    if not video.is_remote(path):
+    if not is_remote(path):
         return Path(f"{path}.partial")
     cache = Path(os.environ.get("SAVE_JAX_CACHE") or Path.home() / ".cache" / "save_jax")
     return cache / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.partial"

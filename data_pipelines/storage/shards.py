@@ -19,9 +19,9 @@ from etils import epath
 from data_pipelines import outages, sidecars
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities.record import Record, read_records
-from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
+from save_jax.files import is_remote
 
 # Few clips, so that an interruption costs little and many machines find work; but readers keep all
 # files of a split open, and a process usually may open 1,024.

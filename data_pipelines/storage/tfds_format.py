@@ -22,9 +22,9 @@ from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer
 
 from data_pipelines import outages
-from data_pipelines.prepared import is_remote
 from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 
 _FILE_FORMAT = "array_record"
 # What is being written has this in its name until it is complete.

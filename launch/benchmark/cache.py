@@ -19,7 +19,7 @@ import jax
 from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import sharding, train
-from save_jax.cache import __main__ as command
+from save_jax.cache import build
 from save_jax.data import Splits
 from save_jax.errors import UserError
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-") as folder:
         started = time.monotonic()
         split = config["data"]["train_split"]
-        command.run(config, folder, splits=[split], dtype=options.dtype)
+        build.run(config, folder, splits=[split], dtype=options.dtype)
         writing = time.monotonic() - started
         size = sum(path.stat().st_size for path in pathlib.Path(folder).glob("*/*.npy"))
         total = 1 + options.turns * options.steps

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from save_jax import files
 from save_jax.errors import UserError
 from save_jax.recorded import flatten
 
@@ -129,10 +130,7 @@ def incomparable(evaluations: Mapping[str, Mapping[str, Any] | None]) -> list[st
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes a file that is either whole or not there."""
-    path = epath.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
 
 
 def lock(workdir: epath.PathLike) -> int | None:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import sharding
+from save_jax import files, sharding
 from save_jax.batch import Batch
 from save_jax.errors import UserError
-from save_jax.models.save import FEATURES, SAVEConfig, makers
+from save_jax.models.save import FEATURES, SAVEConfig, tower_parameters
 from save_jax.optimizer import OptimizerConfig, group_of
 from save_jax.parameters import Parameters
 
@@ -101,7 +101,7 @@ def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) 
         ARRAYS[name]
         for name, feature in FEATURES.items()
         if not model.has(name)
-        or any(rates.rate(group_of(maker)) for maker in makers(feature.tower, params))
+        or any(rates.rate(group_of(p)) for p in tower_parameters(feature.tower, params))
     }
     return tuple(part for part in PARTS if part not in excluded)
 
@@ -109,7 +109,7 @@ def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) 
 def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> str:
     """A digest of names, shapes and values, wherever on the mesh they lie."""
     digest = hashlib.sha256()
-    for name in makers(tower, params):
+    for name in tower_parameters(tower, params):
         value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value))
@@ -205,12 +205,7 @@ def read_meta(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def save_meta(directory: pathlib.Path, meta: Mapping[str, Any]) -> None:
-    temporary = directory / "meta.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / "meta.json")
+    files.write(directory / "meta.json", json.dumps(meta, indent=1))
 
 
 def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: str) -> np.ndarray:

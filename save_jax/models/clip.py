@@ -11,6 +11,9 @@ from save_jax.models import layers
 EPSILON = 1e-5  # of every LayerNorm in both towers
 INITIAL_LOGIT_SCALE = 2.6592600  # ln(1/0.07), where CLIP's training starts
 
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1] (spec section 1)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from save_jax import parameters as params
 from save_jax import sharding
 from save_jax.models import layers
-from save_jax.models.save import IMAGE_MEAN, IMAGE_STD
+from save_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 
 EPSILON = 1e-6  # of every LayerNorm but the one after the audio patches
 PATCH_EPSILON = 1e-5

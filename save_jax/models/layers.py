@@ -163,7 +163,7 @@ def _even(
 
 def _lengths(x: Float[Array, "batch ..."], length: int) -> Int[Array, " batch"]:
     """The same length for each row of x, and on the same device."""
-    return sharding.by_rows(jnp.full(len(x), length, jnp.int32))
+    return sharding.shard_rows(jnp.full(len(x), length, jnp.int32))
 
 
 def _append(
@@ -258,8 +258,8 @@ class Stack(nnx.Module):
         graphdef, layers = nnx.split(self.layer)
 
         def body(x, layer):
-            block = nnx.merge(graphdef, sharding.put_together(layer))
-            return block(sharding.by_rows(x), *context), None
+            block = nnx.merge(graphdef, sharding.all_gather(layer))
+            return block(sharding.shard_rows(x), *context), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -12,11 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from save_jax.batch import Batch
 from save_jax.models import layers
 from save_jax.models.ast import AST, ASTConfig
-from save_jax.models.clip import CLIP, CLIPConfig
+from save_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPConfig
 from save_jax.models.fusion import AudioResampler, GatedFusion
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What starts as a copy of CLIP's text tower (spec section 7), in every block of these stacks.
 STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
@@ -47,8 +44,8 @@ FEATURES = {
 _AFTER = "ast.norm."
 
 
-def makers(tower: str, parameters: Collection[str]) -> list[str]:
-    """The names of those of some parameters that make a tower's features; sorted."""
+def tower_parameters(tower: str, parameters: Collection[str]) -> list[str]:
+    """Returns the sorted names of the parameters that a tower's features depend on."""
     return sorted(k for k in parameters if k.startswith(tower) and not k.startswith(_AFTER))
 
 

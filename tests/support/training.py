@@ -149,7 +149,7 @@ def main(workdir: str, moment: str, *others: str) -> int:
         coordinator, count, number = others
         distributed.join(coordinator, int(count), int(number))
     arm(moment)
-    with distributed.lost_peers_end_this_one():
+    with distributed.exit_if_peer_lost():
         final = run(pathlib.Path(workdir), devices=jax.device_count(), rates=rates_of(moment))
     return 0 if int(final.step) == rates_of(moment).total_steps else os.EX_TEMPFAIL
 

@@ -1,0 +1,91 @@
+"""What may import what: the house keeps its shape."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("save_jax", "data_pipelines", "launch", "configs", "tests")
+
+# Of each package: what it may import from the others, and of that what only inside functions.
+ALWAYS = {
+    "save_jax": ("configs",),
+    "configs": ("save_jax", "data_pipelines"),
+    "data_pipelines": ("save_jax.batch", "save_jax.errors", "save_jax.files", "save_jax.tokenizer"),
+    "launch": ("save_jax", "data_pipelines", "configs"),
+}
+INSIDE = {
+    "save_jax/data.py": ("data_pipelines",),
+    "save_jax/cache/__main__.py": ("data_pipelines.storage.lock",),
+    "data_pipelines/sidecars.py": ("save_jax.weights.names.imagebind",),
+    "launch/benchmark/train.py": ("tests.support.reference",),
+}
+HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "av", "transformers")
+# Entry points, which nothing imports; save_jax.main alone offers `run` to others.
+ENTRY_POINTS = ("__main__",)
+
+
+def imports(source: str) -> list[tuple[str, bool]]:
+    """Every module that a file imports, and whether only inside a function."""
+    found = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.extend((f"{node.module}.{alias.name}", inside) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def below(name: str, allowed: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
+
+
+def violations(path: str, source: str) -> list[str]:
+    package, found = path.split("/")[0], []
+    for name, inside in imports(source):
+        top = name.split(".")[0]
+        if top in PACKAGES and top != package:
+            allowed = ALWAYS[package] + (INSIDE.get(path, ()) if inside else ())
+            if not below(name, allowed):
+                found.append(f"{path} imports {name}")
+        if package == "save_jax" and top in HEAVY and not inside and path not in HEAVY_ALLOWED:
+            found.append(f"{path} imports {name} at its top")
+        if any(part in ENTRY_POINTS for part in name.split(".")) and top in PACKAGES:
+            found.append(f"{path} imports the entry point {name}")
+    return found
+
+
+# The byte pairs come from transformers; only the data pipelines' side of a run imports it.
+HEAVY_ALLOWED = ("save_jax/tokenizer.py",)
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in PACKAGES[:-1]
+    for path in (ROOT / package).rglob("*.py")
+)
+
+
+def test_only_what_may_be_imported_is():
+    assert len(FILES) > 100
+    found = [line for path in FILES for line in violations(path, (ROOT / path).read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("data_pipelines/input.py", "from save_jax.models import clip"),
+        ("save_jax/train.py", "def f():\n    from data_pipelines import input"),
+        ("save_jax/data.py", "from data_pipelines import input"),
+        ("save_jax/data.py", "import tensorflow as tf"),
+        ("launch/compare.py", "from save_jax.cache import __main__ as command"),
+    ],
+)
+def test_the_rules_can_be_broken(path, source):
+    assert violations(path, source)
