@@ -5,6 +5,7 @@ state, each under its flat name. A directory appears under its final name only o
 complete, so an interrupted write is never restored.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jax.typing import ArrayLike
 from orbax.checkpoint import checkpoint_managers
 
 from save_jax import files
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 from save_jax.parameters import Parameters
 
 DIRECTORY = "checkpoints"  # within a workdir
@@ -273,7 +274,20 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
         raise _unreadable(checkpoint, error) from error
 
 
-def _unreadable(checkpoint: files.Path, error: Exception) -> UserError:
+# What the system says when a disk or a network fails, and no file is at fault.
+_OUTAGES = (
+    errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED,
+)  # fmt: skip
+
+
+def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageError:
+    if getattr(error, "errno", None) in _OUTAGES:
+        return OutageError(
+            f"{checkpoint} cannot be read now: {error}. That is the fault of this machine, its "
+            "network or a store, not of the checkpoint: when it works again, the same command "
+            "resumes."
+        )
     return UserError(
         f"{checkpoint} cannot be read, it is damaged or out of this user's reach: {error}. Remove "
         "a damaged one, to go on from the one before."

@@ -190,6 +190,7 @@ def run_evaluation(
     writer: Writer,
     workdir: files.Path,
     source: str = "",
+    subset: str = "",
 ) -> dict:
     """Evaluates parameters, writes evaluation/STEP, scalars and the table; returns the metrics.
 
@@ -200,18 +201,21 @@ def run_evaluation(
         data, evaluator: what to evaluate, and how.
         writer, workdir: where results go.
         source: where the parameters are from; "" = the workdir's checkpoint of this step.
+        subset: names what is evaluated where it is not the run's own evaluation split: results
+            then go to evaluation/STEP/SUBSET, and scalars to eval/SUBSET/…
     """
     scores, result = evaluator.evaluate(params, data)
     facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
     result = {"step": step, "protocol": facts, **result}
     if jax.process_index() == 0:
-        write(workdir / "evaluation" / str(step), data, scores, result)
+        write(workdir / "evaluation" / str(step) / subset, data, scores, result)
+    name = f"eval/{subset}" if subset else "eval"
     writer.write_scalars(
         step,
         {
-            **{f"eval/t2v/{k}": v for k, v in result["t2v"].items()},
-            **{f"eval/v2t/{k}": v for k, v in result["v2t"].items()},
-            **{f"eval/{name}/R1": group["t2v"]["R1"] for name, group in result["groups"].items()},
+            **{f"{name}/t2v/{k}": v for k, v in result["t2v"].items()},
+            **{f"{name}/v2t/{k}": v for k, v in result["v2t"].items()},
+            **{f"{name}/{k}/R1": group["t2v"]["R1"] for k, group in result["groups"].items()},
         },
     )
     say(

@@ -39,7 +39,7 @@ def path(where: str | os.PathLike) -> Path:
         UserError: the store cannot be reached from here.
     """
     if not is_remote(where):
-        return pathlib.Path(where).absolute()
+        return pathlib.Path(where).expanduser().absolute()
     try:
         found = epath.Path(where)
     except KeyError as error:
@@ -177,17 +177,17 @@ def _lease(directory: epath.Path, holder: str) -> Iterator[None]:
     found = read()
     if found:
         print(
-            f"{directory} was left in use by {found.get('holder')}: waiting up to {_LEASE:.0f} s "
-            "for a sign of life",
+            f"{directory} is in use by {found.get('holder')}: waiting up to {_LEASE:.0f} s for it "
+            "to end",
             flush=True,
         )
-        end = time.monotonic() + _LEASE
-        while found and time.monotonic() < end:
-            time.sleep(min(_RENEWED, _LEASE) / 4)
-            now = read()
-            if now and now != found:
-                raise _held(directory, str(now.get("holder")))
-            found = now
+        began = changed = time.monotonic()  # a holder that is ending may still renew it for a while
+        while found and time.monotonic() - changed < _LEASE:
+            time.sleep(_RENEWED / 4)
+            if (now := read()) != found:
+                found, changed = now, time.monotonic()
+            if found and changed > began and time.monotonic() - began > _LEASE:
+                raise _held(directory, str(found.get("holder")))
     renew(0)
     time.sleep(_SETTLED)  # of two that begin at once, the last to write has it
     if (now := read()).get("id") != mine:

@@ -177,6 +177,7 @@ def _evaluate(
             writer=writer,
             workdir=workdir,
             source=source.removeprefix(f"{workdir}/"),
+            subset=recorded.subset(config, workdir),
         )
     return True
 

@@ -1,6 +1,8 @@
 """Checkpoints: found, refused when foreign or incomplete, read back as they were."""
 
 import dataclasses
+import errno
+import os
 import shutil
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from save_jax import checkpoint, train
-from save_jax.errors import UserError
+from save_jax.errors import OutageError, UserError
 from tests.support import synthetic
 from tests.support.training import RATES, mesh_of, program
 
@@ -99,3 +101,15 @@ def test_damaged_arrays_are_named(workdir, tmp_path, read):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/7 (cannot be read|is not a complete)"):
         read(tmp_path, program(RATES, 1)[1])
+
+
+def test_a_disk_that_fails_is_not_called_damage(workdir, monkeypatch):
+    """Its advice to remove the checkpoint would lose it."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    state = program(RATES, 1)[1]
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", fail)
+    with pytest.raises(OutageError, match=r"checkpoints/7 cannot be read now: .*Stale"):
+        checkpoint.load_parameters(workdir, everything(state))

@@ -124,6 +124,28 @@ def test_a_run_is_evaluated_as_it_was_trained(config, run, tmp_path):
     assert protocol == at_its_end["protocol"]
 
 
+def test_a_home_directory_is_that_of_the_user(config, run, tmp_path, monkeypatch):
+    """A shell leaves --config.init_from=~/run as it is."""
+    monkeypatch.setenv("HOME", str(run.parent))
+    asked = values(config, mode="evaluate", init_from="~/run", model__sound_weight=0.1)
+    assert main.run(asked, tmp_path)
+    assert evaluation(tmp_path)[1]["protocol"]["model"]["sound_weight"] == 0.25
+    with pytest.raises(UserError, match="Leave these flags out"):
+        main.run(asked, tmp_path / "out", explicit=["model.sound_weight"])
+
+
+def test_another_split_does_not_take_the_place_of_the_runs_own(config, run, capsys):
+    before, own = evaluation(run)
+    assert main.run(values(config, mode="evaluate", data__eval_split="train"), run)
+    after, metrics = evaluation(run)
+    np.testing.assert_array_equal(after, before)
+    assert metrics == own
+    other = json.loads((run / "evaluation" / str(STEP) / "train" / "metrics.json").read_text())
+    assert other["protocol"]["split"] == "train"
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert "eval/train/t2v/R1" in list(lines)[-1]
+
+
 def test_in_its_own_workdir_with_the_options_of_another_model(config, run, capsys):
     before, _ = evaluation(run)
     assert main.run(values(config, mode="evaluate", **base.MODELS["clip4clip"]), run)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -115,8 +116,25 @@ def test_a_lease_that_was_left_behind_is_taken_over(store, quick_lease, capsys):
     where = files.path("gs://bucket/run")
     files.write(where / files.LOCK, '{"id": "x", "holder": "process 7 on pod-0", "beat": 3}')
     with files.hold(where):
-        assert "left in use by process 7 on pod-0: waiting" in capsys.readouterr().out
+        assert "is in use by process 7 on pod-0: waiting" in capsys.readouterr().out
     assert not store.store
+
+
+def test_a_lease_whose_holder_is_ending_is_waited_for(store, quick_lease):
+    where, began = files.path("gs://bucket/run"), time.monotonic()
+
+    def end() -> None:
+        for beat in range(3):
+            files.write(where / files.LOCK, f'{{"id": "x", "holder": "pod-0", "beat": {beat}}}')
+            time.sleep(0.1)
+        (where / files.LOCK).unlink()
+
+    files.write(where / files.LOCK, '{"id": "x", "holder": "pod-0", "beat": -1}')
+    ending = threading.Thread(target=end)
+    ending.start()
+    with files.hold(where):
+        assert time.monotonic() - began < 1.0
+    ending.join()
 
 
 def test_of_two_that_begin_at_once_one_has_the_bucket(store, quick_lease, monkeypatch):

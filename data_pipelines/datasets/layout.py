@@ -250,7 +250,9 @@ def _walk_local(
     try:
         with outages.reaching(folder):
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if prefix:  # it was listed a moment ago: a mount that is lost says so
+            raise outages.outage(folder, error) from error
         return
     except OSError as error:
         problems.append(("", _shown(folder), f"not used: it cannot be listed ({error.strerror})"))
@@ -264,6 +266,9 @@ def _walk_local(
             if not (link and _leads_back(entry.path, above)):
                 yield from _walk_local(entry.path, f"{prefix}{entry.name}/", above, problems)
         elif link or entry.is_file():
+            if link and "." not in entry.name and not os.path.exists(entry.path):
+                words = "not used: it is a link that leads nowhere (is what it leads to mounted?)"
+                problems.append(("", _shown(entry.path), words))
             yield prefix + entry.name
         else:
             problems.append(("", _shown(entry.path), "not used: it is a pipe or a device"))

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from data_pipelines import outages, sidecars
-from data_pipelines.datasets.types import Clip
+from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.record import Record, read_records
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
@@ -176,8 +176,32 @@ def write(
             yield example
 
     file_size = tfds_format.write_records(shard.records_path, serialized())
+    _check_still_there(shard, fingerprint, problems)
     note = Note(fingerprint, index, problems, num_bytes, file_size)
     tfds_format.write_file(shard.note_path, json.dumps(dataclasses.asdict(note)).encode())
+
+
+def _check_still_there(shard: Shard, fingerprint: str, problems: list[Problem]) -> None:
+    """Raises OutageError if files were absent when they were read that are or were there.
+
+    A mount that is lost in the middle of the work says of each of its files that it does not exist.
+    """
+    absent = [words for _, _, words in problems if words.endswith("the file does not exist")]
+    if not absent:
+        return
+    there = [path for clip in shard.clips for path in _files(clip) if path and _stamp(path)]
+    back = [path for path in there if any(f" {path}: " in words for words in absent)]
+    if back or _fingerprint(shard) != fingerprint:
+        raise outages.in_words(
+            back[0] if back else shard.records_path,
+            f"{len(absent)} files were there when the work began and not when they were read, the "
+            f"first one: {absent[0]}",
+            "See that the disk or the mount is there",
+        )
+
+
+def _files(clip: Clip) -> tuple[str | None, ...]:
+    return clip.video, clip.audio, clip.teacher_video, clip.teacher_audio
 
 
 def write_plan(shard: Shard, fingerprint: str) -> None:
@@ -209,11 +233,7 @@ def _fingerprint(shard: Shard) -> str:
         "format": _FORMAT,
         "recipe": shard.recipe.to_json(),
         "clips": [dataclasses.asdict(clip) for clip in shard.clips],
-        "files": [
-            _stamp(path)
-            for clip in shard.clips
-            for path in (clip.video, clip.audio, clip.teacher_video, clip.teacher_audio)
-        ],
+        "files": [_stamp(path) for clip in shard.clips for path in _files(clip)],
     }
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 

@@ -238,6 +238,34 @@ def test_a_passing_outage_is_waited_for(root, tmp_path, monkeypatch):
     assert counts(tmp_path / "out") == (6, 6, 0, []) and len(times) == 7
 
 
+def test_a_mount_that_is_lost_costs_no_clip(root, tmp_path, monkeypatch, capsys):
+    """What was there when the work began, and does not exist when it is read, is not left out."""
+    read, away, seen = records.read_record, tmp_path / "away", []
+
+    def reading(clip, recipe):
+        seen.append(clip)
+        if len(seen) == 4:
+            root.rename(away)
+        return read(clip, recipe)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "read_record", reading)
+        code = main([*command(root, "--workers=1"), *FLAGS])
+    assert len(seen) == 6
+    nothing_is_lost(code, capsys.readouterr().err, tmp_path / "out", "does not exist", "mount")
+    away.rename(root)
+    assert main([*command(root, "--workers=1"), *FLAGS]) == 0
+    assert counts(tmp_path / "out") == (6, 6, 0, [])
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(root, tmp_path):
+    (root / "more").symlink_to("/nowhere/disk")
+    assert main([*command(root, "--workers=1"), *FLAGS]) == 0
+    listed, prepared, left_out, problems = counts(tmp_path / "out")
+    assert (listed, prepared, left_out) == (6, 6, 0)
+    assert problems == ["not used: it is a link that leads nowhere (is what it leads to mounted?)"]
+
+
 def damage(path, kind):
     """Damages a file so that FFmpeg uses the system's words for it."""
     if kind == "memory":  # a table of two thousand million entries

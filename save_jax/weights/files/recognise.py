@@ -142,6 +142,8 @@ def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
         path = checkpoint.workdir_of(where) / recorded.RECORDED
         return str(path), recorded.read(path) if path.exists() else None
     file = pathlib.Path(where).expanduser()
+    if not file.exists() and hub.is_id(where):
+        file = hub.download(where)
     if file.is_dir():
         file /= hub.WEIGHTS[0]
     facts = safetensors.metadata(file) if file.is_file() else {}

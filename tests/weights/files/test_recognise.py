@@ -467,8 +467,14 @@ def test_crafted_strides_do_not_crash_the_command(tmp_path, monkeypatch):
     assert "is damaged: text_projection cannot be read" in done.stderr
 
 
-def test_an_archives_size_is_not_negative(tmp_path, monkeypatch):
-    weight_files.crafted_archive(tmp_path / "a", {}, {"x": (0, (-1, -1), (1, 1))}, monkeypatch)
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((-1, -1), (1, 1)), ((2**20, 2**20), (0, 0))], ids=str
+)
+def test_an_archives_sizes_are_possible(shape, strides, tmp_path, monkeypatch):
+    """Not negative, nor more than the storage holds."""
+    crafted = {"x": (0, shape, strides)}
+    state = {"y": torch.ones(4)}
+    weight_files.crafted_archive(tmp_path / "a", state, crafted, monkeypatch)
     with pytest.raises(UserError, match="x cannot be read"):
         np.asarray(torchscript.read(tmp_path / "a")["x"])
 
