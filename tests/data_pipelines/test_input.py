@@ -84,6 +84,7 @@ def test_a_training_batch(train, tokenizer, miniature):
         "teacher_audio": ((16, 1024), np.float32),
         "has_teacher": ((16,), np.bool_),
         "index": ((16,), np.int32),
+        "caption_index": ((16,), np.int32),
     }
     found = {name: (array.shape, array.dtype) for name, array in given(batch).items()}
     assert found == expected
@@ -105,7 +106,7 @@ def test_a_training_batch(train, tokenizer, miniature):
 
 def test_what_is_not_wanted_is_none(train, tokenizer):
     (batch,) = batches(train, tokenizer, stop=1)
-    assert set(given(batch)) == {"frames", "frame_mask", "caption_ids", "index"}
+    assert set(given(batch)) == {"frames", "frame_mask", "caption_ids", "index", "caption_index"}
 
 
 def test_each_pair_once_an_epoch(train, tokenizer):

@@ -172,7 +172,7 @@ def test_a_signal_ends_it_with_a_message(miniature, tmp_path, number, monkeypatc
     assert main(command) == os.EX_TEMPFAIL == 75
     assert signal.getsignal(number) == before
     error = capsys.readouterr().err
-    assert "the same command goes on" in error and "Traceback" not in error
+    assert "the same command resumes" in error and "Traceback" not in error
     assert len(os.listdir(tmp_path / f"{WHERE}.progress")) == 1
     monkeypatch.setattr(shards, "write", write)
     assert main(command) == 0
@@ -211,7 +211,7 @@ def test_no_worker_outlives_the_end(miniature, tmp_path, send, number, code):
                 os.killpg(process.pid, 0)
                 time.sleep(0.1)
     assert process.returncode == code, error
-    assert "Traceback" not in error and ("the same command goes on" in error) == (code == 75)
+    assert "Traceback" not in error and ("the same command resumes" in error) == (code == 75)
 
 
 def test_two_at_once(miniature, tmp_path, whole):
