@@ -178,6 +178,11 @@ def main(arguments: list[str] | None = None) -> int:
                 beam_runner=options.beam_runner,
                 beam_options=options.beam_options,
             )
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing needs the package {error.name!r}: pip install -e '.[prepare]', in the "
+            "checkout"
+        ) from error
     except Exception as error:
         if isinstance(error, UserError) or not outages.is_outage(error):
             raise

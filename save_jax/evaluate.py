@@ -232,7 +232,8 @@ def summarise(workdir: files.Path, split: str) -> None:
     ]
     results.sort(key=lambda result: result["step"])
     last = results[-1]
-    best = max(results, key=lambda result: result["t2v"][BEST_METRIC])
+    # Of equal ones the later, as the checkpoints' retention has it.
+    best = max(results, key=lambda result: (result["t2v"][BEST_METRIC], result["step"]))
     say(f"last step ({last['step']}), {split} split:\n{metrics.table(last)}")
     if best["step"] != last["step"]:
         say(

@@ -110,3 +110,16 @@ def test_summary_shows_the_last_and_the_best(tmp_path):
     text = out.getvalue()
     assert text.index("last step (10)") < text.index("step 5; an optimistic protocol")
     assert text.index("50.0") < text.index("60.0")
+
+
+def test_of_equal_evaluations_the_later_is_the_best(tmp_path, capsys):
+    """It is the one whose checkpoint is kept."""
+    for step in (5, 10, 15):
+        scores = {"R1": 1.0, "R5": 2.0, "R10": 3.0, "MdR": 4.0, "MnR": 5.0}
+        scores["SumR"] = 50.0 if step == 15 else 60.0
+        folder = tmp_path / "evaluation" / str(step)
+        folder.mkdir(parents=True)
+        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}}
+        (folder / "metrics.json").write_text(json.dumps(result))
+    evaluate.summarise(tmp_path, "test")
+    assert "step 10; an optimistic protocol" in capsys.readouterr().out

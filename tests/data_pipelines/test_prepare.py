@@ -393,3 +393,14 @@ def test_strict_does_not_pass_over_shards_that_were_written_without_it(root, tmp
             main(arguments)
     assert main([*arguments, "--strict"]) == 2
     assert main(arguments) == 0
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path):
+    code = (
+        "import sys; sys.modules['tensorflow_datasets'] = None\n"
+        "from data_pipelines.prepare import main\n"
+        f"sys.exit(main(['folder', '--root={tmp_path}', '--transcripts=none']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the package 'tensorflow_datasets': pip install" in done.stderr
