@@ -75,7 +75,7 @@ def write(where: Path, text: str | bytes) -> None:
     if is_remote(where):
         where.write_bytes(content)
         return
-    temporary = where.with_name(f".{where.name}.{os.getpid()}.tmp")
+    temporary = where.with_name(f".{where.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from data_pipelines.demo_corpus import scenes, sounds, speech, teacher
 from data_pipelines.demo_corpus.plan import PlannedClip, clip_rng, plan
-from save_jax import files
 from save_jax.errors import UserError
 
 # Raised whenever the generator would make other files from the same seed.
@@ -87,7 +86,7 @@ def generate(
     clips = plan(seed, n_train, n_test)
     root.mkdir(parents=True, exist_ok=True)
     if not begun:  # first of all, so that what follows is known for a corpus
-        files.write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
+        _write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
     for folder in _clip_files(""):
         (root / folder).mkdir(parents=True, exist_ok=True)
 
@@ -202,13 +201,13 @@ def _render(root: Path, seed: int, clip: PlannedClip) -> None:
     ):
         buffer = io.BytesIO()
         np.save(buffer, vector)
-        files.write(root / folder / f"{clip.video_id}.npy", buffer.getvalue())
+        _write(root / folder / f"{clip.video_id}.npy", buffer.getvalue())
     rng = clip_rng(seed, clip, purpose=1)
     num_frames, wave = _audio(rng, clip)
     frames = scenes.draw(rng, clip.shape, clip.colour, clip.motion, num_frames)
     buffer = io.BytesIO()
     _encode(buffer, frames, wave)
-    files.write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue())
+    _write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue())
 
 
 def _audio(rng: np.random.Generator, clip: PlannedClip) -> tuple[int, np.ndarray | None]:
@@ -287,7 +286,7 @@ def _encode(file: io.BytesIO, frames: np.ndarray, wave: np.ndarray | None) -> No
 
 def _write_annotations(root: Path, clips: list[PlannedClip]) -> None:
     asr = [{"key": f"{c.video_id}.mp4", "text": c.script} for c in clips if c.has_transcript]
-    files.write(root / ASR, json.dumps(asr, indent=0) + "\n")
+    _write(root / ASR, json.dumps(asr, indent=0) + "\n")
     _write_csv(
         root / ATTRIBUTES,
         _ATTRIBUTE_COLUMNS,
@@ -304,4 +303,11 @@ def _write_csv(path: Path, columns: Sequence[str], rows: list[tuple]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([columns, *rows])
-    files.write(path, text.getvalue())
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Writes a file under another name first, so that its own name means it is complete."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+    partial.replace(path)

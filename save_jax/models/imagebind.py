@@ -194,7 +194,7 @@ class ImageBind(nnx.Module):
         return vectors.reshape(*fbanks.shape[:2], -1).mean(axis=1)
 
 
-def abstract(config: ImageBindConfig) -> tuple[nnx.GraphDef, params.Parameters]:
+def abstract(config: ImageBindConfig) -> tuple[params.Structure, params.Parameters]:
     """Structure and shapes, without computing any parameter."""
     return params.split(nnx.eval_shape(lambda: ImageBind(config, nnx.Rngs(params=0))))
 
