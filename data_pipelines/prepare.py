@@ -13,8 +13,6 @@ Whatever ends a preparation, the same command goes on from there.
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import signal
 import sys
@@ -23,125 +21,20 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import datasets, outages, prepared, sidecars
+from data_pipelines import datasets, outages
+from data_pipelines.preparation import (
+    BEAM_RUNNERS,
+    TRANSCRIPTS,
+    places,
+    prepare,
+    usual_recipe,
+)
+from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.sidecars import Speech
 from data_pipelines.tables import table
 from save_jax.errors import UserError, exit_codes
 
-TRANSCRIPTS = ("file", "whisper", "none")
-BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
 _RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames", "encoding")
-
-
-def prepare(
-    dataset: str,
-    root: str | None = None,
-    out: str | None = None,
-    variant: str | None = None,
-    recipe: Recipe | None = None,
-    workers: int = 0,
-    strict: bool = False,
-    *,
-    transcripts: str = "",
-    whisper: str = "large-v3",
-    translate: bool = False,
-    imagebind: str = "",
-    beam_runner: str = "",
-    beam_options: str = "",
-    wait: bool = False,
-) -> epath.Path:
-    """Prepares one variant of a data set, or what is not yet done of it.
-
-    Args:
-        dataset: the data set's name, a key of datasets.DATASETS.
-        root: the folder with its raw files. For "demo", none means OUT/corpus, and the corpus is
-            made when it is not there.
-        out: the folder for prepared data sets; none means ROOT/prepared.
-        variant: one of the data set's variants; none means its first.
-        recipe: what to make of the media; none means what is usual for the data set.
-        workers: processes that read media; 0 = as many as there are processors (with Beam: one,
-            the runner's worker itself).
-        strict: raise UserError on the first file that is not usable, instead of counting it.
-        transcripts: "file", "whisper" or "none"; "" = the file if there is one, or else Whisper.
-        whisper: Whisper's model, an id or a local directory.
-        translate: have Whisper translate other languages to English.
-        imagebind: path of imagebind_huge.pth, to compute the vectors that are not there; "" = none.
-        beam_runner: one of BEAM_RUNNERS; "" = this machine alone.
-        beam_options: Beam's own options, as on a command line.
-        wait: wait for another process that is preparing the same, instead of raising UserError.
-
-    Returns:
-        The prepared directory.
-
-    Raises:
-        UserError: something is absent or wrong, or the directory was prepared by another recipe.
-        OutageError: the machine, its network or a store fails; the same call goes on from there.
-    """
-    variant = datasets.check_variant(dataset, variant)
-    recipe = recipe or usual_recipe(dataset)
-    _check(recipe, workers, transcripts, beam_runner)
-    speech = Speech(transcripts, whisper, translate)
-    root, out = _places(dataset, root, out)
-    directory = version_directory(out, dataset, variant, recipe.version)
-    if _is_done(directory, recipe, speech):
-        return directory
-    if dataset != "demo" and not outages.is_folder(root):
-        raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
-
-    # Here, because worker processes import this module again, and have no use for what writes.
-    from data_pipelines.storage import lock, tfds_format
-    from data_pipelines.storage.build import build
-
-    processors = os.cpu_count() or 1
-    with lock.hold(directory, wait=wait):
-        if _is_done(directory, recipe, speech):  # by the process that was waited for
-            return directory
-        if dataset == "demo":
-            sidecars.announce("corpus", f"the demo's clips in {root}")
-            with tfds_format.writing(root):
-                _make_demo_corpus(root, workers or processors)
-        with tfds_format.writing(out):
-            found = sidecars.read(
-                dataset,
-                variant,
-                root=root,
-                out=out,
-                speech=speech,
-                imagebind=imagebind,
-                workers=workers,
-                strict=strict,
-            )
-            build(
-                directory,
-                dataset,
-                variant,
-                recipe,
-                found,
-                workers=workers or (1 if beam_runner else processors),
-                strict=strict,
-                beam_runner=beam_runner,
-                beam_options=beam_options,
-            )
-    return directory
-
-
-def usual_recipe(dataset: str, **given: Any) -> Recipe:
-    """The recipe of a data set's own choosing, but for the fields that are given."""
-    return Recipe(**{**datasets.load_dataset(dataset).RECIPE, **given})
-
-
-def prepared_by(directory: epath.Path) -> Recipe:
-    """Reads the recipe of a prepared directory; UserError when it is not one."""
-    try:
-        with outages.reaching(directory):
-            recorded = (directory / "metadata.json").read_text()
-        return Recipe.from_json(json.dumps(json.loads(recorded)["recipe"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory}: expected a directory that data_pipelines.prepare finished, found no "
-            f"usable metadata.json ({error}). Remove it and prepare again."
-        ) from error
 
 
 def summary(directory: epath.Path) -> str:
@@ -241,44 +134,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
-    """Whether a directory is prepared already; UserError when it is, but otherwise than wanted."""
-    if not outages.exists(directory / "metadata.json") and (
-        prepared.work_directory(directory) == directory or not outages.exists(directory)
-    ):
-        return False
-    prepared_by(directory).check(json.loads(recipe.to_json()), str(directory))
-    found = metadata(directory).get("transcripts", "")
-    if speech.source and str(speech) != found:
-        raise UserError(
-            f"{directory} was prepared with other transcripts than are wanted now: wanted "
-            f"{str(speech)!r}, found {found!r}. Prepare into another --out."
-        )
-    prepared.clean_up(directory)  # which whoever completed it may have had no time to do
-    print(f"Already prepared, nothing to do: {directory}")
-    return True
-
-
 def _verify(options: argparse.Namespace) -> bool:
     """Checks what is prepared and, as far as there is a root, the data set's files."""
     from data_pipelines.verify import verify
 
     dataset = options.dataset
     variant = datasets.check_variant(dataset, options.variant)
-    root, out = _places(dataset, options.root or options.out, options.out)
+    root, out = places(dataset, options.root or options.out, options.out)
     directory = version_directory(out, dataset, variant, Recipe.version)
     recipe = prepared_by(directory) if outages.exists(directory / "metadata.json") else None
     root = os.path.join(out, "corpus") if dataset == "demo" and not options.root else options.root
     if root and not outages.is_folder(root):
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
     return verify(directory, recipe, dataset, variant, root, out)
-
-
-def _make_demo_corpus(root: str, workers: int) -> None:
-    """Makes the demo corpus, or what an interruption left out of it; nothing when it is there."""
-    from data_pipelines import demo_corpus
-
-    demo_corpus.generate(root, seed=0, workers=workers)
 
 
 @contextlib.contextmanager
@@ -298,42 +166,6 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
-    """Where to read from and write to, each defaulting to a folder in the other."""
-    if dataset == "demo" and out and not root:
-        root = os.path.join(out, "corpus")
-    if not root:
-        raise UserError(
-            f"expected --root=DIR, the folder of {dataset}'s files, found none."
-            + (" For the demo, --out=DIR is enough." if dataset == "demo" else "")
-        )
-    return root, out or os.path.join(root, "prepared")
-
-
-def _check(recipe: Recipe, workers: int, transcripts: str, beam_runner: str) -> None:
-    for field in dataclasses.fields(recipe):
-        if field.type is int and getattr(recipe, field.name) < 1:
-            raise UserError(
-                f"expected --{field.name} of at least 1, found {getattr(recipe, field.name)}"
-            )
-    for name, value, known in (
-        ("encoding", recipe.encoding, ("jpeg", "raw")),
-        ("transcripts", transcripts, ("", *TRANSCRIPTS)),
-        ("beam_runner", beam_runner, ("", *BEAM_RUNNERS)),
-    ):
-        if value not in known:
-            raise UserError(
-                f"expected --{name} {' or '.join(filter(None, known))}, found {value!r}"
-            )
-    if workers < 0:
-        raise UserError(f"expected --workers of at least 0, found {workers}")
-
-
-def metadata(directory: epath.Path) -> dict[str, Any]:
-    """What a prepared directory records of itself: recipe, transcripts, counts, problems."""
-    return json.loads((directory / "metadata.json").read_text())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,36 @@
-"""Where a prepared directory and what belongs to it lie."""
+"""A prepared directory: what it records of itself, and where what belongs to it lies."""
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
+from typing import Any
 
 from etils import epath
 
+from data_pipelines import outages
+from data_pipelines.recipe import Recipe
+from save_jax.errors import UserError
 from save_jax.files import is_remote
+
+
+def prepared_by(directory: epath.Path) -> Recipe:
+    """Reads the recipe of a prepared directory; UserError when it is not one."""
+    try:
+        with outages.reaching(directory):
+            recorded = (directory / "metadata.json").read_text()
+        return Recipe.from_json(json.dumps(json.loads(recorded)["recipe"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: expected a directory that data_pipelines.prepare finished, found no "
+            f"usable metadata.json ({error}). Remove it and prepare again."
+        ) from error
+
+
+def metadata(directory: epath.Path) -> dict[str, Any]:
+    """What a prepared directory records of itself: recipe, transcripts, counts, problems."""
+    return json.loads((directory / "metadata.json").read_text())
 
 
 def work_directory(directory: epath.Path) -> epath.Path:

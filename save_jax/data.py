@@ -32,12 +32,13 @@ class Splits:
     def __init__(self, config: dict[str, Any]):
         try:
             from data_pipelines import input as pipeline
+            from data_pipelines import splits
             from save_jax.tokenizer import Tokenizer
         except ImportError as error:
             raise UserError(
                 f"reading data needs the package {error.name!r}: pip install 'save_jax[data]'"
             ) from error
-        self._pipeline = pipeline
+        self._pipeline, self._stored = pipeline, splits
         self._config, data = config, config["data"]
         self._model = configuration.model_config(config)
         self._tokenizer = Tokenizer(data["tokenizer"])
@@ -56,7 +57,7 @@ class Splits:
                 f"data_pipelines.prepare {data['dataset']} --root=ROOT --out=DIR`, then pass "
                 "--config.data.dir=DIR"
             )
-        self._splits[split] = self._pipeline.open_split(
+        self._splits[split] = self._stored.open_split(
             data["dir"],
             data["dataset"],
             data["variant"],
@@ -90,12 +91,12 @@ class Splits:
     def _for_cache(self, split: Any) -> cache.Split:
         """Returns what a cache must know of an open split."""
         words, teacher = self._config["data"]["max_words"], self._config["loss"]
-        stored = self._pipeline.records_sample(split, SAMPLED_RECORDS)
+        stored = self._stored.records_sample(split, SAMPLED_RECORDS)
         return cache.Split(
             split.name,
             split.num_clips,
             cache.digest(split.recipe.to_json(), *split.video_ids, *stored),
-            self._tokenizer(self._pipeline.caption_table(split).texts, words),
+            self._tokenizer(self._stored.caption_table(split).texts, words),
             self._tokenizer(split.transcripts, words),
             split.recipe.max_frames,
             split.recipe.teacher_size if teacher["soft_albef_weight"] else 0,
@@ -185,7 +186,7 @@ class Splits:
     def evaluation(self) -> evaluate.EvaluationSet:
         """Opens the evaluation split."""
         split = self._open(self._config["data"]["eval_split"])
-        table = self._pipeline.caption_table(split)
+        table = self._stored.caption_table(split)
         if not table.texts:
             raise UserError(
                 f"expected captions in the split {split.name!r}, found {split.num_clips} clips "
@@ -215,7 +216,7 @@ class Splits:
 
 def prepare_demo(config: dict[str, Any]) -> None:
     """Makes the demo's clips and prepares them, unless that is done already."""
-    from data_pipelines.prepare import prepare
+    from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
     data = config["data"]

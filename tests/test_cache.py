@@ -36,7 +36,7 @@ EVALUATION = TRAINING - {"caption_embeddings", "teacher_video", "teacher_audio"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The miniature, prepared: 5 clips with 100 captions to train on."""
-    from data_pipelines.prepare import prepare
+    from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
     root, out = tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared")
@@ -325,14 +325,14 @@ def test_other_data_are_refused_by_name(data, cached, open_data, tmp_path):
 
 
 def test_data_prepared_anew_are_other_data(data, cached, open_data, monkeypatch):
-    from data_pipelines import input as pipeline
+    from data_pipelines import splits
 
-    stored = pipeline.records_sample
+    stored = splits.records_sample
 
     def changed(split, count):
         return [record[:-1] + b"!" for record in stored(split, count)]
 
-    monkeypatch.setattr(pipeline, "records_sample", changed)
+    monkeypatch.setattr(splits, "records_sample", changed)
     with pytest.raises(UserError, match="ast_states: data"):
         open_data(cached)
 

@@ -53,7 +53,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A config file of a tiny SAVE on the miniature MSR-VTT."""
-    from data_pipelines.prepare import prepare
+    from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("data")

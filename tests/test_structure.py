@@ -22,8 +22,9 @@ INSIDE = {
     "launch/benchmark/train.py": ("tests.support.reference",),
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "av", "transformers")
-# Entry points, which nothing imports; save_jax.main alone offers `run` to others.
-ENTRY_POINTS = ("__main__",)
+# A longer module has more than one idea; this one is a table of words.
+MOST_LINES, LONG = 400, {"data_pipelines/demo_corpus/topics.py"}
+MOST_ENTRIES = 16  # at the top of a folder, so that it can be read at a glance
 
 
 def imports(source: str) -> list[tuple[str, bool]]:
@@ -57,7 +58,7 @@ def violations(path: str, source: str) -> list[str]:
                 found.append(f"{path} imports {name}")
         if package == "save_jax" and top in HEAVY and not inside and path not in HEAVY_ALLOWED:
             found.append(f"{path} imports {name} at its top")
-        if any(part in ENTRY_POINTS for part in name.split(".")) and top in PACKAGES:
+        if top in PACKAGES and below(name, ENTRY_POINTS):
             found.append(f"{path} imports the entry point {name}")
     return found
 
@@ -69,6 +70,18 @@ FILES = sorted(
     for package in PACKAGES[:-1]
     for path in (ROOT / package).rglob("*.py")
 )
+# What is run as a program is imported by nothing; save_jax.main alone offers `run` to others.
+ENTRY_POINTS = tuple(
+    path.removesuffix(".py").replace("/", ".")
+    for path in FILES
+    if 'if __name__ == "__main__":' in (ROOT / path).read_text() and path != "save_jax/main.py"
+)
+
+
+def entries(folder: str) -> list[str]:
+    """What one sees of a folder, but for what every folder has."""
+    plain = ("__init__.py", "__pycache__", "README.md")
+    return sorted(path.name for path in (ROOT / folder).iterdir() if path.name not in plain)
 
 
 def test_only_what_may_be_imported_is():
@@ -85,7 +98,18 @@ def test_only_what_may_be_imported_is():
         ("save_jax/data.py", "from data_pipelines import input"),
         ("save_jax/data.py", "import tensorflow as tf"),
         ("launch/compare.py", "from save_jax.cache import __main__ as command"),
+        ("save_jax/data.py", "def f():\n    from data_pipelines.prepare import prepare"),
     ],
 )
 def test_the_rules_can_be_broken(path, source):
     assert violations(path, source)
+
+
+def test_no_module_is_too_long():
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in FILES}
+    assert {path for path, lines in lengths.items() if lines > MOST_LINES} == LONG
+
+
+@pytest.mark.parametrize("folder", ["data_pipelines", "launch"])
+def test_folders_can_be_read_at_a_glance(folder):
+    assert len(entries(folder)) <= MOST_ENTRIES, entries(folder)

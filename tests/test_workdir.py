@@ -16,7 +16,7 @@ WITHIN = 300  # seconds for a job on a busy machine
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The miniature MSR-VTT, prepared."""
-    from data_pipelines.prepare import prepare
+    from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
     root, out = tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared")

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from transformers import audio_utils
 
-from data_pipelines.modalities import video
+from data_pipelines.modalities.container import Damage, MediaError, decodable, open_media
 from data_pipelines.recipe import Recipe
 
 SAMPLE_RATE = 16000
@@ -30,7 +30,7 @@ DEVIATION = 3.2527153
 
 
 def read_waveform(
-    path: str | os.PathLike, damage: video.Damage = lambda reason: None
+    path: str | os.PathLike, damage: Damage = lambda reason: None
 ) -> np.ndarray | None:
     """Decodes the first channel of a file's first audio track, resampled to 16 kHz.
 
@@ -45,7 +45,7 @@ def read_waveform(
     Raises:
         MediaError: the file cannot be opened, or nothing of its audio track decodes.
     """
-    with video.open_media(path) as container:
+    with open_media(path) as container:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
@@ -53,7 +53,7 @@ def read_waveform(
         stream.codec_context.thread_count = 1
         chunks = []
         resampler, resampler_format = None, None
-        for frame in _first_channel(video.decodable(container, stream, damage)):
+        for frame in _first_channel(decodable(container, stream, damage)):
             # A track may change its format on the way: a resampler takes one only.
             frame_format = (frame.format.name, frame.sample_rate)
             if frame_format != resampler_format:
@@ -63,7 +63,7 @@ def read_waveform(
             chunks += _resample(resampler, frame)
         chunks += _resample(resampler, None)
     if not chunks:
-        raise video.MediaError("nothing of its audio track can be decoded")
+        raise MediaError("nothing of its audio track can be decoded")
     return np.concatenate(chunks)
 
 

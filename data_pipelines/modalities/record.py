@@ -14,6 +14,7 @@ import numpy as np
 from data_pipelines import outages
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import audio, teacher_files, video
+from data_pipelines.modalities.container import MediaError
 from data_pipelines.pool import in_order
 from data_pipelines.recipe import Recipe
 
@@ -63,7 +64,7 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
 
     try:
         frames = video.decode_frames(clip.video, recipe, damaged)
-    except video.MediaError as error:
+    except MediaError as error:
         return Record(clip, None, (f"left out: {clip.video}: {error}",))
     except Exception as error:
         outages.pass_on(error, clip.video)
@@ -106,7 +107,7 @@ def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
 
         try:
             return audio.read_waveform(path, damaged), problems
-        except video.MediaError as error:
+        except MediaError as error:
             problems.append(f"no audio from {path}: {error}")
         except Exception as error:
             outages.pass_on(error, path)

@@ -12,6 +12,7 @@ import numpy as np
 from data_pipelines import outages
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import audio, record, video
+from data_pipelines.modalities.container import MediaError
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def read_inputs(task: Task, sizes: Sizes) -> Inputs:
             frames = video.decode_evenly(clip.video, FRAMES, sizes.image_size)
         if task.audio:
             fbanks = sound(waveform, sizes)
-    except video.MediaError as error:
+    except MediaError as error:
         return Inputs(clip, None, None, f"{clip.video}: {error}")
     except Exception as error:
         outages.pass_on(error, clip.video)

@@ -1,12 +1,9 @@
 """Video files in, small square frames out (spec section 1, row "frames")."""
 
-import contextlib
-import errno
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator
 
 import av
 import av.stream
@@ -16,8 +13,14 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines import outages
+from data_pipelines.modalities.container import (
+    Damage,
+    MediaError,
+    decodable,
+    open_media,
+    reason_of,
+)
 from data_pipelines.recipe import Recipe
-from save_jax.files import is_remote
 
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20
@@ -25,33 +28,12 @@ _CANDIDATES_IN_MEMORY = 64 * 2**20
 # Beyond this ratio of sides, the part that a crop would throw away is never made.
 _STRIP = 32
 
-# A track that ends this much before its file says it does has been cut: nothing of a second can be
-# missed by less, and what files say of themselves is not exact.
-_CUT_SECONDS = 1.0
-
 # What a folder of frames may hold beside them is left alone.
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 # And what is read of these, whatever they are called. Pillow knows formats that are programs, such
 # as PostScript, and has them run.
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-
-# FFmpeg's names of what holds picture and sound itself. Others, whatever the file is called, only
-# name files and addresses that it would then read: lists to concatenate, playlists, sessions.
-_CONTAINERS = (
-    "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,nut,mxf,dv,rm,ivf,gif,"
-    "mpegvideo,m4v,h264,hevc,av1,obu,"  # a video track alone
-    "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ape,wv"
-)
-# Nor may these have FFmpeg open anything: no protocol is called so.
-_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-
-# Told, in words, what is wrong with a file that can be read in part.
-Damage = Callable[[str], None]
-
-
-class MediaError(Exception):
-    """A file that cannot be read as what it should be; the message is one line, without a path."""
 
 
 def decode_frames(
@@ -183,158 +165,6 @@ def read_binary(path: str | os.PathLike) -> bytes:
         return epath.Path(path).read_bytes()
 
 
-@contextlib.contextmanager
-def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
-    """Opens a media file, here or remote.
-
-    Raises:
-        MediaError: it cannot be opened; says why.
-        OutageError: it cannot be read now. This may be found while it is open, and is then raised
-            at the end, whatever FFmpeg made of it.
-    """
-    with contextlib.ExitStack() as opened:
-        try:
-            source = opened.enter_context(_Source(path))
-        except FileNotFoundError:
-            raise MediaError("the file does not exist") from None
-        except OSError as error:
-            raise MediaError(f"it cannot be read ({_reason(error)})") from error
-        if source.size == 0:
-            raise MediaError("the file is empty (0 bytes)")
-        try:
-            container = opened.enter_context(av.open(source, options=dict(_OPTIONS)))
-        except (av.error.FFmpegError, ValueError) as error:
-            source.check()
-            outages.pass_on(error, path)
-            if getattr(error, "errno", None) == errno.EINVAL:  # its word for what is not among them
-                raise MediaError(
-                    "FFmpeg takes it for none of the containers of video or sound that are read "
-                    "here (MP4, Matroska, AVI, WAV, …); a text that names other files, such as a "
-                    "playlist, is not opened"
-                ) from error
-            raise MediaError(f"not a media file that FFmpeg can read ({_reason(error)})") from error
-        try:
-            yield container
-        finally:
-            source.check()
-
-
-class _Source:
-    """A file, here or remote, that FFmpeg reads through us.
-
-    By itself it would take some names for those of a network's protocols (a colon is enough), know
-    no object stores, and tell a disk that fails by the words it has for a damaged file.
-
-    Attributes:
-        size: of the file, in bytes.
-
-    Raises:
-        UserError, OutageError, OSError: see `outages.reaching`.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self._path = path
-        self._failure: Exception | None = None
-        with outages.reaching(path):
-            if is_remote(path):
-                self._file: BinaryIO = epath.Path(path).open("rb")
-                self.size = self._file.seek(0, os.SEEK_END)
-                self._file.seek(0)
-            else:
-                self.size = os.path.getsize(path)
-                # A pipe has none, and opening it would wait for a writer.
-                self._file = io.FileIO(path) if self.size else io.BytesIO()
-
-    def __enter__(self) -> "_Source":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self._path)
-
-    def read(self, size: int) -> bytes:
-        """Reads some bytes; once that has failed, the file has ended, and `check` says why."""
-        if self._failure:
-            return b""
-        try:
-            return self._file.read(size)
-        except Exception as error:
-            self._failure = error
-            return b""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def check(self) -> None:
-        """Raises OutageError when something could not be read."""
-        if self._failure:
-            raise outages.outage(self._path, self._failure) from self._failure
-
-
-def decodable(
-    container: av.container.InputContainer,
-    stream: av.stream.Stream,
-    damage: Damage = lambda reason: None,
-) -> Iterator:
-    """Yields the frames of a stream that decode, in order, stepping over what does not.
-
-    Args:
-        container: the open file.
-        stream: one of its streams.
-        damage: called at the end when something did not decode, or the stream was cut short.
-    """
-    packets = container.demux(stream)
-    failed, broken, end = 0, "", 0
-    while not broken:
-        try:
-            packet = next(packets)
-        except StopIteration:  # the last packet was the empty one that empties the decoder
-            break
-        except av.error.FFmpegError as error:
-            outages.pass_on(error, stream.container.name)
-            # The container ends here, but the decoder may still hold frames: None empties it.
-            packet, broken = None, _reason(error)
-        try:
-            frames = stream.codec_context.decode(packet)
-        except av.error.FFmpegError as error:
-            outages.pass_on(error, stream.container.name)
-            failed += 1  # a damaged packet spoils only itself
-            continue
-        for frame in frames:
-            if frame.pts is not None:
-                end = max(end, frame.pts + frame.duration)
-            yield frame
-    seconds = float(end * stream.time_base)
-    if broken:
-        damage(f"its {stream.type} track breaks off after {seconds:.1f} s ({broken})")
-    elif seconds + _CUT_SECONDS < (declared := _declared_end(container, stream)):
-        damage(f"its {stream.type} track breaks off after {seconds:.1f} of {declared:.1f} s")
-    elif failed:
-        damage(f"{failed} packets of its {stream.type} track are damaged")
-
-
-def _declared_end(container: av.container.InputContainer, stream: av.stream.Stream) -> float:
-    """When a stream ends, in seconds, as the file says; 0 when it does not say."""
-    if container.format.name == "avi":  # whose duration FFmpeg works out from what there is
-        rate = stream.average_rate if stream.type == "video" else None
-        return float(stream.frames / rate) if rate else 0.0
-    if stream.duration is not None:
-        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-    # Matroska says it in a tag, hours:minutes:seconds.
-    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
-    try:
-        minutes, seconds = rest.split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except ValueError:
-        return 0.0
-
-
 def _candidates(
     path: str | os.PathLike, frames_per_second: int, damage: Damage
 ) -> Iterator[Image.Image]:
@@ -355,7 +185,7 @@ def _images(folder: epath.Path, damage: Damage) -> Iterator[Image.Image]:
         except UnidentifiedImageError:
             damage(f"{name} is not an image that can be read (no {', '.join(_IMAGE_FORMATS)})")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            damage(f"{name} is not an image that can be read ({_reason(error)})")
+            damage(f"{name} is not an image that can be read ({reason_of(error)})")
         else:
             yield upright
 
@@ -365,7 +195,7 @@ def _image_names(folder: epath.Path) -> list[str]:
         with outages.reaching(folder):
             names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise MediaError(f"a folder that cannot be listed ({_reason(error)})") from error
+        raise MediaError(f"a folder that cannot be listed ({reason_of(error)})") from error
     names = [name for name in names if name.lower().endswith(_IMAGES) and name[0] != "."]
     if not names:
         raise MediaError(f"a folder without images (*{', *'.join(_IMAGES)})")
@@ -445,7 +275,3 @@ def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:
     if not kinds:
         raise MediaError("no track can be found in it: the file is not complete")
     raise MediaError(f"it has no video track (only: {', '.join(kinds)})")
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -18,22 +18,24 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.datasets import annotations
 from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities import audio, record, transcripts
+from data_pipelines.modalities.whisper_journal import (
+    Entry,
+    appending,
+    journal_path,
+    read_written,
+    resume,
+)
 from data_pipelines.pool import in_order
 from save_jax.errors import UserError
-from save_jax.files import is_remote
 
 # What a clip can turn out to hold, in the order in which the summary counts it.
 SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"
@@ -47,8 +49,6 @@ _LOOP = 2.4
 # Processes that read sound, which is quick beside transcribing it.
 _READERS = 2
 
-# What is written of a clip: the fields of an ASR file and what tells how the text came about.
-Entry = dict[str, Any]
 # A clip's sound, and what is wrong with its files.
 Read = tuple[np.ndarray | None, list[str]]
 
@@ -116,9 +116,9 @@ def transcribe(
         UserError: the model cannot be had or does not work; the file was made otherwise.
     """
     settings = {"model": model, "translate": translate}
-    journal = _journal(path)
-    written = _read_written(path, settings)
-    known = {entry["key"]: entry for entry in [*written, *_resume(journal, settings)]}
+    journal = journal_path(path)
+    written = read_written(path, settings)
+    known = {entry["key"]: entry for entry in [*written, *resume(journal, settings)]}
     wanted: dict[str, Clip] = {}
     for clip in clips:
         wanted.setdefault(_key(clip), clip)
@@ -130,7 +130,7 @@ def transcribe(
     if todo:
         ear = _load(model, translate, device, workers)
         with (
-            _appending(journal) as append,
+            appending(journal) as append,
             contextlib.closing(_hear_all(todo, ear, settings)) as entries,
         ):
             for entry in entries:
@@ -330,79 +330,3 @@ def _sound(clip: Clip) -> str:
 
 def _key(clip: Clip) -> str:
     return f"{clip.video_id}.mp4"
-
-
-def _journal(path: str) -> Path:
-    """Where the entries are kept until all are there; here, because stores cannot append."""
-    if not is_remote(path):
-        return Path(f"{path}.partial")
-    cache = Path(os.environ.get("SAVE_JAX_CACHE") or Path.home() / ".cache" / "save_jax")
-    return cache / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.partial"
-
-
-def _read_written(path: str, settings: Entry) -> list[Entry]:
-    """The entries of the file that an earlier run finished; [] when there is none."""
-    if not transcripts.exists(path):
-        return []
-    entries = annotations.read_json(path, transcripts.EXPECTED)
-    if not isinstance(entries, list):
-        raise UserError(
-            f"{path}: expected {transcripts.EXPECTED}, found a {type(entries).__name__}."
-        )
-    return [_checked(path, entry, settings) for entry in entries]
-
-
-def _resume(journal: Path, settings: Entry) -> list[Entry]:
-    """The entries that an interrupted run kept; cuts off a line that it could not finish."""
-    if not journal.exists():
-        return []
-    data = journal.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    entries = []
-    for line in whole.decode("utf-8", "replace").splitlines():
-        # A crash of the machine, other than of the program, may spoil more than the last line.
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
-    entries = [_checked(str(journal), entry, settings) for entry in entries]
-    os.truncate(journal, len(whole))
-    return entries
-
-
-def _checked(path: str, entry: Any, settings: Entry) -> Entry:
-    """The entry; UserError unless it was made with these settings."""
-    found = {name: entry.get(name) for name in settings} if isinstance(entry, dict) else {}
-    if found != settings:
-        raise UserError(
-            f"{path}: expected transcripts made with {_words(settings)}, found {_words(found)} in "
-            f"one of them. Use the same settings again, or remove that file to transcribe anew."
-        )
-    return entry
-
-
-def _words(settings: Entry) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "nothing"
-
-
-@contextlib.contextmanager
-def _appending(journal: Path) -> Iterator[Callable[[Entry], None]]:
-    """Opens the journal; gives the function that adds an entry to it for good."""
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        file = journal.open("a", encoding="utf-8")
-    except OSError as error:
-        raise transcripts.cannot_write(str(journal), error) from error
-    with file:
-
-        def append(entry: Entry) -> None:
-            try:
-                append_line(file, json.dumps(entry) + "\n")
-            except OSError as error:
-                raise transcripts.cannot_write(str(journal), error) from error
-
-        yield append
-
-
-def append_line(file: TextIO, line: str) -> None:
-    """Writes a line so that it outlives this process."""
-    file.write(line)
-    file.flush()

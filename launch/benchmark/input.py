@@ -38,7 +38,7 @@ from PIL import Image
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import audio, record
 from data_pipelines.modalities import video as video_files
-from data_pipelines.prepare import prepare
+from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
 
@@ -183,10 +183,11 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
         most, `memory_peak`.
     """
     from data_pipelines import input as pipeline
+    from data_pipelines.splits import open_split
     from save_jax.tokenizer import Tokenizer
 
     before = _memory("VmRSS")
-    split = pipeline.open_split(data_dir, "folder", "default", "train", {})
+    split = open_split(data_dir, "folder", "default", "train", {})
     batches = pipeline.train_batches(
         split,
         batch_size=batch_size,

@@ -1,8 +1,8 @@
-"""The command `python -m launch.compile`; what it does is in `launch.compile.program`."""
+"""The command `python -m launch.compile`; what it does is in `launch.compile.command`."""
 
 import sys
 
-from launch.compile.program import main
+from launch.compile.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

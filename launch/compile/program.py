@@ -1,27 +1,11 @@
-"""Compiles a config's programs for devices that are not there, and says what they would take.
+"""The programs of a config, compiled for devices that are not there, and what they take."""
 
-python -m launch.compile --config=configs/NAME.py --topology=v5e:2x4 [--batch=N] [--json]
-    [--config.KEY=VALUE ...]
-
-The training step and both halves of evaluation go through the compiler of the target as they would
-in a run: nothing is computed, and no accelerator is needed. The table says, for one chip, what
-memory they take, what they compute and move and send, and the least time that leaves.
-
-A topology is a TPU slice (v4:2x2x2, v5e:2x4, v5p:2x2x2, v6e:2x4 and other shapes), cpu:N, gpu:N or
-"here", the devices of this machine; with several, comma-separated, each has one line.
-
-Exit codes: 0 it fits, 1 it does not, 2 a mistake of the user.
-"""
-
-import argparse
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import pathlib
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,11 +17,10 @@ from jax.experimental import topologies
 from data_pipelines.recipe import Recipe
 from launch.compile import hlo, roofline
 from launch.compile.roofline import CHIPS, GIB, Chip
-from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import evaluate, sharding, train
 from save_jax.batch import Batch
-from save_jax.errors import UserError, exit_codes
+from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 
 # Without these, the TPU compiler asks a metadata server who it is, and takes a lock that only the
@@ -48,10 +31,6 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-REMEDIES = (
-    "a larger topology, a smaller --batch, --config.micro_batch=N (clips encoded at once), "
-    "--config.model.remat=products or blocks, --config.mesh.fsdp=N (slices the parameters)"
-)
 
 
 class Target(NamedTuple):
@@ -342,165 +321,3 @@ def report(
         name: measure(traced, target, config["dtype"], roofline.count_flops(counted[name].jaxpr))
         for name, traced in programs.items()
     }
-
-
-#### What is printed.
-
-
-def table(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
-    """Rows of quantities, a column a program; everything of one chip."""
-    room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
-    mesh = ", ".join(f"{name} {n}" for name, n in _mesh(config, target).items())
-    lines = [
-        f"{target.name}: {len(target.devices)} devices ({target.devices[0].device_kind}; {mesh}), "
-        f"{config['dtype']}, {config['batch_size']} clips a training step, "
-        f"{config['eval_batch_size']} at once in evaluation",
-        "",
-        f"{'each device':28}" + "".join(f"{name:>20}" for name in measured),
-    ]
-
-    def row(label: str, text: Any) -> None:
-        cells = [text(m) for m in measured.values()]
-        if any(cells):
-            lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells))
-
-    row("memory, GiB: arguments", lambda m: _number(m.arguments / GIB))
-    row("  output, not in their place", lambda m: _number(m.output / GIB))
-    row("  temporaries", lambda m: _number(m.temporaries / GIB))
-    row("  program", lambda m: _number(m.code / GIB))
-    row(f"  together{room}", lambda m: _number(m.needed / GIB) + ("" if m.fits else " NO"))
-    row("matrix products, TFLOP", lambda m: _number(m.flops / 1e12))
-    row("HBM traffic, GB (estimate)", lambda m: _number(m.hbm_bytes / 1e9))
-    kinds = sorted({kind for m in measured.values() for kind in m.collectives})
-    for kind in kinds:
-        row(f"{kind}, MB received", lambda m, kind=kind: _collective(m.collectives.get(kind)))
-    if target.chip:
-        for name in roofline.Roofline._fields:
-            row(
-                f"least time by {name}, ms",
-                lambda m, name=name: _number(getattr(m.limits, name) * 1e3) if m.limits else "",
-            )
-        row(
-            "roofline, ms",
-            lambda m: f"{m.limits.bound} {_number(m.limits.seconds * 1e3)}" if m.limits else "",
-        )
-    row("compile time, s", lambda m: f"{m.seconds:.1f}")
-    loops = sum(m.unknown_loops for m in measured.values())
-    if loops:
-        lines.append(f"{loops} loops of unknown length are counted once")
-    return "\n".join(lines)
-
-
-HEAD = ("topology", "batch", "GiB a chip", "TFLOP a chip", "HBM GB", "sent MB")
-HEAD += ("least step", "bound", "clips/s at most", "compiled in")
-
-
-def summary(config: dict[str, Any], target: Target, step: Measured) -> tuple[str, ...]:
-    """The training step's row in a table of topologies."""
-    room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
-    limits = step.limits
-    return (
-        target.name,
-        str(config["batch_size"]),
-        _number(step.needed / GIB) + room + ("" if step.fits else " NO"),
-        _number(step.flops / 1e12),
-        _number(step.hbm_bytes / 1e9),
-        _number(sum(c.bytes for c in step.collectives.values()) / 1e6),
-        f"{_number(limits.seconds * 1e3)} ms" if limits else "",
-        limits.bound if limits else "",
-        f"{config['batch_size'] / limits.seconds:,.0f}" if limits else "",
-        f"{step.seconds:.0f} s",
-    )
-
-
-def as_json(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
-    """The same numbers in one line; what is not known is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, roofline.Roofline):
-            return {**value._asdict(), "seconds": value.seconds, "bound": value.bound}
-        if hasattr(value, "_asdict"):
-            return {name: plain(each) for name, each in value._asdict().items()}
-        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    return json.dumps(
-        {
-            "topology": target.name,
-            "devices": len(target.devices),
-            "device_kind": target.devices[0].device_kind,
-            "device_memory": target.chip.memory if target.chip else None,
-            "mesh": _mesh(config, target),
-            **{k: config[k] for k in ("batch_size", "micro_batch", "eval_batch_size", "dtype")},
-            "remat": config["model"]["remat"],
-            "fits": all(m.fits for m in measured.values()),
-            "programs": {name: plain(m) for name, m in measured.items()},
-        }
-    )
-
-
-def _mesh(config: dict[str, Any], target: Target) -> dict[str, int]:
-    return dict(sharding.make_mesh(config["mesh"], target.devices).shape)
-
-
-def _number(value: float) -> str:
-    """Three digits, in plain notation where that is short."""
-    if not math.isfinite(value):
-        return "?"
-    if abs(value) < 1e-3:
-        return f"{value:.3g}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _collective(found: hlo.Collective | None) -> str:
-    return f"{found.count} × = {_number(found.bytes / 1e6)}" if found else "none"
-
-
-@exit_codes
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="a config file, as in save_jax.main")
-    parser.add_argument("--topology", required=True, help="what to compile for, see above")
-    parser.add_argument("--batch", type=int, help="clips a step, in place of config.batch_size")
-    parser.add_argument("--training_only", action="store_true", help="leave out evaluation")
-    parser.add_argument("--json", action="store_true", help="also print a line of JSON each")
-    options, overrides = parser.parse_known_args(argv)
-    names = options.topology.split(",")
-    if "here" not in names and not any(name.startswith("gpu") for name in names):
-        jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there
-    targets = [find_target(name) for name in names]
-    if options.batch is not None:
-        overrides.append(f"--config.batch_size={options.batch}")
-    config = points.resolve(options.config, overrides)
-    return _run(config, targets, options)
-
-
-def _run(config: dict[str, Any], targets: list[Target], options: argparse.Namespace) -> int:
-    unfit = []
-    if len(targets) > 1:
-        print("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD))
-    for target in targets:
-        measured = report(config, target, training_only=options.training_only)
-        if len(targets) > 1:
-            print("| " + " | ".join(summary(config, target, measured["training step"])) + " |")
-        else:
-            print(table(config, target, measured))
-        if options.json:
-            print(as_json(config, target, measured))
-        sys.stdout.flush()
-        unfit += [
-            f"the {name} needs {_number(m.needed / GIB)} GiB of a {target.name} chip's "
-            f"{target.chip.memory / GIB:g}"
-            for name, m in measured.items()
-            if not m.fits
-        ]
-    if unfit:
-        print(f"does not fit: {'; '.join(unfit)}. Try {REMEDIES}", file=sys.stderr)
-        return 1
-    return 0

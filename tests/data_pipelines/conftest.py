@@ -34,7 +34,7 @@ def miniature(miniature_of):
 @pytest.fixture(scope="session")
 def prepared(miniature, tmp_path_factory):
     """The miniature's 9k variant, prepared without loss. Not to be written to."""
-    from data_pipelines.prepare import prepare
+    from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
     out = tmp_path_factory.mktemp("prepared")

@@ -1,8 +1,6 @@
 import contextlib
-import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +11,9 @@ import pytest
 
 from data_pipelines import input as pipeline
 from data_pipelines.modalities import video
-from data_pipelines.prepare import prepare
+from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
+from data_pipelines.splits import caption_table, open_split, records_sample
 from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.tokenizer import Tokenizer
@@ -33,12 +32,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def train(prepared):
-    return pipeline.open_split(str(prepared), "msrvtt", "9k", "train", SMALL)
+    return open_split(str(prepared), "msrvtt", "9k", "train", SMALL)
 
 
 @pytest.fixture(scope="module")
 def test_split(prepared):
-    return pipeline.open_split(str(prepared), "msrvtt", "9k", "test", {})
+    return open_split(str(prepared), "msrvtt", "9k", "test", {})
 
 
 def batches(split, tokenizer, *, stop, start=0, batch_size=16, seed=3, fields=NOTHING, **kwargs):
@@ -126,7 +125,7 @@ def test_the_last_incomplete_batch_is_dropped(train, tokenizer):
     assert pipeline.steps_per_epoch(train, 16) == 8  # of 140
     found = batches(train, tokenizer, stop=9)
     order = pipeline.epoch_order(3, 1, 140)
-    rows = pipeline.caption_table(train).video_rows
+    rows = caption_table(train).video_rows
     np.testing.assert_array_equal(found[8].index, rows[order[:16]])
 
 
@@ -228,14 +227,6 @@ def test_clips_for_embedding(test_split, tokenizer, process_count):
                 assert batch.fbank[row].any() == test_split.has_audio[its_index]
 
 
-def test_the_caption_table(test_split, train):
-    table = pipeline.caption_table(test_split)
-    assert table.texts == [captions[0] for captions in test_split.captions]
-    assert table.video_rows.tolist() == [0, 1, 2, 3, 4] and table.video_rows.dtype == np.int32
-    assert table.groups == [""] * 5
-    assert pipeline.caption_table(train).video_rows.tolist() == [n // 20 for n in range(140)]
-
-
 def test_batches_that_cannot_be(train, tokenizer):
     with pytest.raises(UserError, match=r"batch of 141 .* found 140 captions of 7 clips"):
         pipeline.steps_per_epoch(train, 141)
@@ -248,45 +239,10 @@ def test_batches_that_cannot_be(train, tokenizer):
 
 def test_frames_stored_as_jpeg(miniature, tmp_path, train, tokenizer):
     prepare("msrvtt", root=str(miniature), out=str(tmp_path), recipe=Recipe(**SMALL), workers=1)
-    split = pipeline.open_split(str(tmp_path), "msrvtt", "9k", "train", SMALL)
+    split = open_split(str(tmp_path), "msrvtt", "9k", "train", SMALL)
     (lossy,) = batches(split, tokenizer, stop=1)
     (exact,) = batches(train, tokenizer, stop=1)
     assert 0 < np.abs(lossy.frames.astype(int) - exact.frames).mean() < 3
-
-
-def test_an_absent_directory(tmp_path):
-    with pytest.raises(UserError) as caught:
-        pipeline.open_split(str(tmp_path), "msrvtt", "7k", "train", {**SMALL, "mel_bins": 128})
-    message = str(caught.value)
-    assert (
-        f"python -m data_pipelines.prepare msrvtt --root=ROOT --out={tmp_path} --variant=7k "
-        "--image_size=32 --max_frames=4 --fbank_frames=64"
-    ) in message
-    assert str(tmp_path / "msrvtt" / "7k" / "1.0.0" / "metadata.json") in message
-
-
-def test_another_recipe(prepared):
-    with pytest.raises(UserError, match="image_size: wanted 224, prepared with 32"):
-        pipeline.open_split(str(prepared), "msrvtt", "9k", "train", {"image_size": 224})
-
-
-def test_an_absent_split(prepared):
-    with pytest.raises(UserError, match=r"split 'val'.*there: test, train"):
-        pipeline.open_split(str(prepared), "msrvtt", "9k", "val", {})
-
-
-def test_lost_files(prepared, tmp_path):
-    shutil.copytree(prepared, tmp_path / "copy")
-    directory = tmp_path / "copy" / "msrvtt" / "9k" / "1.0.0"
-    (record,) = directory.glob("*test*array_record*")
-    record.unlink()
-    with pytest.raises(UserError, match=record.name):
-        pipeline.open_split(str(tmp_path / "copy"), "msrvtt", "9k", "test", {})
-    text = (directory / "index-train.json").read_text()
-    (directory / "index-train.json").write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match=r"index-train\.json.*malformed"):
-        pipeline.open_split(str(tmp_path / "copy"), "msrvtt", "9k", "train", {})
-    assert json.loads(text)
 
 
 def open_records(split) -> int:
@@ -304,7 +260,7 @@ def test_every_pass_closes_its_files(train, tokenizer):
         batches(train, tokenizer, stop=2, fields=EVERYTHING)
         list(pipeline.clip_batches(train, batch_size=2, max_words=12, tokenizer=tokenizer,
                                    **EVERYTHING))  # fmt: skip
-        pipeline.records_sample(train, 2)
+        records_sample(train, 2)
     assert open_records(train) == before
 
 

@@ -14,8 +14,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import datasets
+from data_pipelines.preparation import prepare, usual_recipe
 from data_pipelines.prepare import main as prepare_main
-from data_pipelines.prepare import prepare, usual_recipe
 from data_pipelines.recipe import version_directory
 from save_jax import config as configuration
 from save_jax import evaluate, sharding, train

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.prepare import prepare
+from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL

@@ -19,12 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import outages, pool, prepare, sidecars
+from data_pipelines import outages, pool, prepared, sidecars
 from data_pipelines.datasets import annotations, folder, layout
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import audio, teacher_files
 from data_pipelines.modalities import record as records
 from data_pipelines.modalities import video as video_files
+from data_pipelines.modalities.container import MediaError
 from data_pipelines.prepare import main
 from data_pipelines.recipe import Recipe
 from save_jax.errors import OutageError
@@ -522,7 +523,7 @@ def test_permission_refused_for_a_file_and_for_a_whole_folder(tmp_path, monkeypa
 
     (tmp_path / "a.mp4").write_bytes(b"x")
     monkeypatch.setattr(video_files.io, "FileIO", refused)
-    with pytest.raises(video_files.MediaError, match="Permission denied"):
+    with pytest.raises(MediaError, match="Permission denied"):
         video_files.decode_frames(tmp_path / "a.mp4", RECIPE)
     monkeypatch.setattr(os, "access", lambda path, _: os.fspath(path) != str(tmp_path))
     with pytest.raises(OutageError, match=r"a\.mp4.*Permission denied"):
@@ -560,7 +561,7 @@ READERS = {
     "a.csv": (lambda path: path.write_text("x"), annotations.read_text),
     "metadata.json": (
         lambda path: path.write_text("{}"),
-        lambda path: prepare.prepared_by(prepare.epath.Path(path.parent)),
+        lambda path: prepared.prepared_by(prepared.epath.Path(path.parent)),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""data_pipelines/prepare.py together with what it drives: sidecars.py, build.py, shards.py."""
+"""The command with what it drives: preparation.py, sidecars.py, build.py, shards.py."""
 
 import csv
 import dataclasses
@@ -14,11 +14,14 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 
+from data_pipelines import datasets, preparation
 from data_pipelines import prepare as module
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import whisper
 from data_pipelines.modalities.record import Record, read_record
-from data_pipelines.prepare import main, prepare
+from data_pipelines.preparation import prepare
+from data_pipelines.prepare import main
+from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import shards
 from save_jax.errors import UserError
@@ -67,7 +70,7 @@ def test_what_is_written(prepared):
 
 def test_the_recipe_and_the_counts_are_recorded(prepared):
     directory = prepared / "msrvtt" / "9k" / "1.0.0"
-    assert module.prepared_by(directory) == Recipe(encoding="raw", **SMALL)
+    assert prepared_by(directory) == Recipe(encoding="raw", **SMALL)
     counts = json.loads((directory / "metadata.json").read_text())["counts"]
     assert counts["train"] == {
         "listed": 7,
@@ -217,7 +220,7 @@ def test_a_large_split_has_few_enough_files_to_keep_open(monkeypatch):
 
 def test_a_shard_is_not_held_in_memory(miniature, tmp_path):
     """Its records are taken one by one, and each is let go once it is written."""
-    clip = module.datasets.load_dataset("msrvtt").read_annotations(str(miniature), "9k")
+    clip = datasets.load_dataset("msrvtt").read_annotations(str(miniature), "9k")
     shard = shards.Shard(str(tmp_path), str(tmp_path), "x", "train", 0, 1, RECIPE, ())
     features = read_record(clip.splits["test"][0], RECIPE).features
     made, most = [], 0
@@ -272,16 +275,16 @@ def test_the_demo_corpus_is_made_or_completed(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(demo_corpus, "generate", lambda root, **kw: calls.append((root, kw)))
-    module._make_demo_corpus(str(tmp_path), workers=3)
+    preparation._make_demo_corpus(str(tmp_path), workers=3)
     assert calls == [(str(tmp_path), {"seed": 0, "workers": 3})]
-    assert module._places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
+    assert preparation.places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
 
 
 def test_what_is_not_given_is_as_usual_for_the_data_set(monkeypatch):
     from data_pipelines.datasets import msrvtt
 
     monkeypatch.setattr(msrvtt, "RECIPE", {"max_frames": 32, "frames_per_second": 2})
-    found = module.usual_recipe("msrvtt", max_frames=5)
+    found = preparation.usual_recipe("msrvtt", max_frames=5)
     assert found == Recipe(max_frames=5, frames_per_second=2)
     asked = {}
     monkeypatch.setattr(module, "prepare", lambda *_, recipe, **__: asked.update(r=recipe) or 1 / 0)
@@ -299,7 +302,7 @@ def test_without_transcripts(miniature, tmp_path):
         "msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1, transcripts="none"
     )
     assert set(transcripts(directory).values()) == {""}
-    counts = module.metadata(directory)["counts"]
+    counts = metadata(directory)["counts"]
     assert counts["train"]["not transcribed"] == counts["train"]["without transcript"] == 7
     with pytest.raises(UserError, match="wanted 'file', found 'none'"):
         prepare("msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, transcripts="file")
@@ -331,9 +334,9 @@ def test_whisper_runs_where_there_is_no_file_and_what_it_writes_is_read(
     assert transcripts(directory)["video3"] == "I am video3"
     with (directory / "problems.csv").open() as file:
         assert list(csv.reader(file))[1:] == [["test", "video8", "no audio"]]
-    counts = module.metadata(directory)["counts"]["test"]
+    counts = metadata(directory)["counts"]["test"]
     assert (counts["not transcribed"], counts["problems"]) == (1, 1)
-    assert module.metadata(directory)["transcripts"] == "whisper someone--tiny, translated"
+    assert metadata(directory)["transcripts"] == "whisper someone--tiny, translated"
 
 
 def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, monkeypatch):
@@ -361,7 +364,7 @@ def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, 
     records = tfds.builder_from_directory(directory).as_data_source("train")
     assert all(record["has_teacher"] for record in records)
     assert records[3]["teacher_audio"].tolist() == [2] * 1024
-    assert module.metadata(directory)["counts"]["train"]["problems"] == 1
+    assert metadata(directory)["counts"]["train"]["problems"] == 1
 
 
 def test_problems_of_the_annotations_are_counted_and_with_strict_an_error(

@@ -19,7 +19,7 @@ import sys
 import torch  # noqa: F401
 
 from data_pipelines import prepared
-from data_pipelines.prepare import prepare
+from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import build, shards  # noqa: F401
 

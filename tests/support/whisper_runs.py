@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines.datasets.types import Clip
 from data_pipelines.demo_corpus import sounds, speech
-from data_pipelines.modalities import whisper
+from data_pipelines.modalities import whisper, whisper_journal
 from tests.support import media
 
 WORDS = ("Look at the code.", "The teacher smiles.", "Find your seat.", "Light the fire.")
@@ -49,7 +49,7 @@ def model() -> str:
 
 def arm(count: int) -> None:
     """Arranges for SIGKILL while the entry after `count` others is written."""
-    append, done = whisper.append_line, []
+    append, done = whisper_journal.append_line, []
 
     def dying(file, line):
         if len(done) == count:
@@ -58,7 +58,7 @@ def arm(count: int) -> None:
         append(file, line)
         done.append(line)
 
-    whisper.append_line = dying
+    whisper_journal.append_line = dying
 
 
 if __name__ == "__main__":

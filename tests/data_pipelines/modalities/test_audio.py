@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from transformers import audio_utils
 
-from data_pipelines.modalities import audio, video
+from data_pipelines.modalities import audio
+from data_pipelines.modalities.container import MediaError
 from data_pipelines.recipe import Recipe
 from tests.support import media as synthetic
 
@@ -218,11 +219,11 @@ def test_no_track_is_none(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text, not sound\n" * 100])
 def test_unreadable_files_raise(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(video.MediaError):
+    with pytest.raises(MediaError):
         audio.read_waveform(tmp_path / "a.wav")
 
 
 def test_a_track_without_samples_raises(tmp_path):
     path = synthetic.write_wav(tmp_path / "a.wav", np.zeros((1, 0)))
-    with pytest.raises(video.MediaError, match="nothing of its audio"):
+    with pytest.raises(MediaError, match="nothing of its audio"):
         audio.read_waveform(path)

@@ -10,6 +10,7 @@ from transformers import audio_utils
 from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import teacher_inputs
 from data_pipelines.modalities import video as video_files
+from data_pipelines.modalities.container import MediaError, decodable, open_media
 from data_pipelines.recipe import Recipe
 from tests.data_pipelines.modalities.test_audio import kaldi_fbank, sound
 from tests.support import media as synthetic
@@ -52,8 +53,8 @@ def test_a_clip_cut_short_is_spread_over_what_decodes(tmp_path):
     )
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
-    with video_files.open_media(path) as container:
-        count = len(list(video_files.decodable(container, container.streams.video[0])))
+    with open_media(path) as container:
+        count = len(list(decodable(container, container.streams.video[0])))
     assert 60 < count < 199
     found = numbers(video_files.decode_evenly(path, 32, 32))
     assert found[:-1] == evenly(count)[:-1]  # the very last is half a frame
@@ -78,7 +79,7 @@ def test_frames_are_those_of_the_pipeline(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text, not a video\n" * 100])
 def test_an_unreadable_video_raises(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(video_files.MediaError):
+    with pytest.raises(MediaError):
         video_files.decode_evenly(tmp_path / "a.mp4", 32, 32)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.demo_corpus.topics import TOPICS
-from data_pipelines.modalities import record, whisper
+from data_pipelines.modalities import record, whisper, whisper_journal
 from data_pipelines.modalities.transcripts import read_asr
 from save_jax.errors import UserError
 from tests.support import media, object_store, whisper_runs
@@ -241,7 +241,7 @@ def test_strict_stops_at_a_file_that_cannot_be_read(tmp_path):
 
 def test_a_full_disk_keeps_what_is_done(folder, tmp_path, monkeypatch, read):
     clips, path = spoken(folder), tmp_path / "asr.json"
-    append, lines = whisper.append_line, []
+    append, lines = whisper_journal.append_line, []
 
     def full(file, line):
         if len(lines) == 2:
@@ -249,7 +249,7 @@ def test_a_full_disk_keeps_what_is_done(folder, tmp_path, monkeypatch, read):
         lines.append(line)
         append(file, line)
 
-    monkeypatch.setattr(whisper, "append_line", full)
+    monkeypatch.setattr(whisper_journal, "append_line", full)
     with pytest.raises(UserError, match=r"asr\.json\.partial.*No space left.*is kept"):
         transcribe(clips, str(path))
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import input as pipeline
+from data_pipelines.splits import open_split
 from data_pipelines.storage.local_copies import local_copies
 from save_jax.errors import OutageError, UserError
 from save_jax.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def test_training_reads_a_remote_directory(bucket, prepared):
     bucket.put(str(prepared), "gs://copied/prepared", recursive=True)
     read = []
     for data_dir in (str(prepared), "gs://copied/prepared"):
-        split = pipeline.open_split(data_dir, "msrvtt", "9k", "train", SMALL)
+        split = open_split(data_dir, "msrvtt", "9k", "train", SMALL)
         read += pipeline.train_batches(
             split, batch_size=8, seed=0, start_step=2, total_steps=3, max_words=12, sound=True,
             speech=True, teacher=True, tokenizer=Tokenizer(),
@@ -123,10 +124,10 @@ def test_training_reads_a_remote_directory(bucket, prepared):
 
 def test_a_remote_directory_that_is_not_prepared(bucket, prepared):
     with pytest.raises(UserError, match=r"did not find gs://copied/absent/msrvtt/9k/1\.0\.0/meta"):
-        pipeline.open_split("gs://copied/absent", "msrvtt", "9k", "train", SMALL)
+        open_split("gs://copied/absent", "msrvtt", "9k", "train", SMALL)
     bucket.put(str(prepared), "gs://copied/lost", recursive=True)
     (record,) = bucket.glob("gs://copied/lost/msrvtt/9k/1.0.0/*test*array_record*")
     bucket.rm(record)
     with pytest.raises(UserError, match=os.path.basename(record)):
-        pipeline.open_split("gs://copied/lost", "msrvtt", "9k", "test", SMALL)
+        open_split("gs://copied/lost", "msrvtt", "9k", "test", SMALL)
     assert json.loads(bucket.cat("gs://copied/lost/msrvtt/9k/1.0.0/metadata.json"))

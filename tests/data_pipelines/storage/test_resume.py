@@ -13,9 +13,9 @@ import time
 import pytest
 from array_record.python import array_record_module
 
-from data_pipelines import prepare as module
 from data_pipelines.modalities import record as records
 from data_pipelines.prepare import main
+from data_pipelines.recipe import version_directory
 from data_pipelines.storage import build, lock, shards, tfds_format
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
@@ -215,7 +215,7 @@ def test_no_worker_outlives_the_end(miniature, tmp_path, send, number, code):
 
 
 def test_two_at_once(miniature, tmp_path, whole):
-    directory = module.version_directory(str(tmp_path), "msrvtt", "9k", 1)
+    directory = version_directory(str(tmp_path), "msrvtt", "9k", 1)
     with lock.hold(directory, wait=False):
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .*same command again"):
             preparing.run(str(miniature), str(tmp_path))

@@ -12,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import msrvtt
-from data_pipelines.prepare import prepare
+from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
-from launch.compile import hlo, roofline
+from launch.compile import command, hlo, roofline
 from launch.compile import program as compile_
 from save_jax import main, sharding, train
 from save_jax.errors import UserError
@@ -142,7 +142,7 @@ def test_a_tpu_slice(config_file, capsys):
     # Half the compile time, and nothing that would be special to a TPU.
     arguments += ["--config.micro_batch=0", "--config.model.remat=none", "--config.mesh.fsdp=1"]
     arguments += ["--config.model.speech_weight=0."]
-    assert compile_.main([*arguments, "--batch=32", "--json"]) == 0
+    assert command.main([*arguments, "--batch=32", "--json"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
     assert "v5e:2x2: 4 devices (TPU v5 lite; data 4, fsdp 1), bfloat16, 32 clips" in text
@@ -240,11 +240,11 @@ def test_exit_codes_and_the_table_of_several(config_file, monkeypatch, capsys):
     )
     monkeypatch.setattr(compile_, "report", stand_in)
     monkeypatch.setattr(compile_, "find_target", target)
-    assert compile_.main([f"--config={config_file}", "--topology=cpu:4,cpu:2"]) == 0
+    assert command.main([f"--config={config_file}", "--topology=cpu:4,cpu:2"]) == 0
     head, line, first, second = capsys.readouterr().out.splitlines()
     assert len({row.count("|") for row in (head, line, first, second)}) == 1
     assert "| cpu:4 | 16 | 3.73 of 32 | 2.75 |" in first and "60.0 ms | compute" in first
-    assert compile_.main([f"--config={config_file}", "--topology=cpu:8"]) == 1
+    assert command.main([f"--config={config_file}", "--topology=cpu:8"]) == 1
     output = capsys.readouterr()
     assert "3.73 NO" in output.out
     assert "the training step needs 3.73 GiB of a cpu:8 chip's 32" in output.err
@@ -270,7 +270,7 @@ def test_exit_codes_and_the_table_of_several(config_file, monkeypatch, capsys):
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(config_file, arguments, message, capsys):
-    assert compile_.main([f"--config={config_file}", *arguments]) == 2
+    assert command.main([f"--config={config_file}", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
