@@ -72,6 +72,16 @@ def parse(
     return CommandLine(config, tuple(config_flags.get_override_values(values["config"])), values)
 
 
+def define_trust_archive(values: flags.FlagValues) -> None:
+    """Defines the flag of commands that read weights."""
+    flags.DEFINE_bool(
+        "trust_archive",
+        False,
+        "Read a TorchScript archive whose SHA-256 is not one of OpenAI's.",
+        flag_values=values,
+    )
+
+
 def _define_processes(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "coordinator",

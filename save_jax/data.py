@@ -214,7 +214,18 @@ class Splits:
         )
 
 
-def prepare_demo(config: dict[str, Any]) -> None:
+def open_splits(config: dict[str, Any]) -> Splits:
+    """Opens the splits of a config; those of the demo are made where they are not there yet.
+
+    Raises:
+        UserError: packages that read data are not installed.
+    """
+    if config["data"]["dataset"] == "demo":
+        _prepare_demo(config)
+    return Splits(config)
+
+
+def _prepare_demo(config: dict[str, Any]) -> None:
     """Makes the demo's clips and prepares them, unless that is done already."""
     from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe

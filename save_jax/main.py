@@ -7,7 +7,6 @@ Without --config it runs the demo.
 
 import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Collection
@@ -22,24 +21,24 @@ from save_jax import (
     distributed,
     evaluate,
     files,
+    progress,
     recorded,
     resume,
     sharding,
     train,
 )
 from save_jax import config as configuration
-from save_jax.data import Splits, prepare_demo
+from save_jax.data import open_splits
 from save_jax.errors import UserError, exit_codes
 from save_jax.meter import Meter, Plan
 from save_jax.optimizer import ALL_FROZEN
-from save_jax.progress import Writer
 
 
 def run(
     config: dict[str, Any],
     workdir: files.Path,
     *,
-    writer: Writer | None = None,
+    writer: progress.Writer | None = None,
     trust_archive: bool = False,
     explicit: Collection[str] = (),
 ) -> bool:
@@ -66,9 +65,7 @@ def run(
     configuration.check(config)
     configuration.set_matmul_precision(config)
     mesh = sharding.make_mesh(config["mesh"])
-    for key in ("batch_size", "eval_batch_size", "micro_batch"):
-        if key != "micro_batch" or config[key]:
-            sharding.check_batch_size(key, config[key], mesh)
+    sharding.check_batch_sizes(config, mesh)
 
     with distributed.hold(workdir):
         if config["mode"] == "evaluate":
@@ -80,23 +77,15 @@ def _train(
     config: dict[str, Any],
     workdir: files.Path,
     mesh: jax.sharding.Mesh,
-    writer: Writer | None,
+    writer: progress.Writer | None,
     trust_archive: bool,
 ) -> bool:
-    config_file = workdir / recorded.RECORDED
-    if config_file.exists():
-        resume.check_same_config(config, config_file)
+    resume.check_same_config(config, workdir)
 
     # ----------------------------------------------------------------------------------- data
-    if config["data"]["dataset"] == "demo":
-        prepare_demo(config)
-    splits = Splits(config)
+    splits = open_splits(config)
     evaluation, training = splits.evaluation(), splits.training()
-    plan = Plan(
-        config["steps"] or config["epochs"] * training.steps_per_epoch,
-        training.steps_per_epoch,
-        *(config[k] for k in ("batch_size", "eval_every", "checkpoint_every", "log_every")),
-    )
+    plan = Plan.of(config, training.steps_per_epoch)
 
     # ---------------------------------------------------------------------------------- state
     model, loss = configuration.model_config(config), configuration.loss_config(config)
@@ -107,11 +96,9 @@ def _train(
             config, model, rates, mesh, checkpoints, trust_archive
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
-        if jax.process_index() == 0 and not config_file.exists():
-            files.write(config_file, json.dumps(config, indent=2) + "\n")
-        if writer is None:
-            own = Writer(workdir, restored_step=resumed or 0)
-            writer = closing.enter_context(contextlib.closing(own))
+        if jax.process_index() == 0:
+            recorded.write(config, workdir)
+        writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train
         step = train.make_train_step(structure, rates, loss, mesh, config["micro_batch"])
@@ -145,13 +132,11 @@ def _evaluate(
     config: dict[str, Any],
     workdir: files.Path,
     mesh: jax.sharding.Mesh,
-    writer: Writer | None,
+    writer: progress.Writer | None,
     trust_archive: bool,
 ) -> bool:
     # ----------------------------------------------------------------------------------- data
-    if config["data"]["dataset"] == "demo":
-        prepare_demo(config)
-    splits = Splits(config)
+    splits = open_splits(config)
     evaluation = splits.evaluation()
 
     # ---------------------------------------------------------------------------------- state
@@ -162,10 +147,7 @@ def _evaluate(
     splits.use_cache(params, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
-    with contextlib.ExitStack() as closing:
-        if writer is None:
-            own = Writer(workdir, restored_step=None)
-            writer = closing.enter_context(contextlib.closing(own))
+    with progress.writing(workdir, None, writer) as writer:
         evaluate.run_evaluation(
             params,
             step,
@@ -186,12 +168,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", None, "Where checkpoints, metrics and tables go.", flag_values=values
     )
-    flags.DEFINE_bool(
-        "trust_archive",
-        False,
-        "Read a TorchScript archive whose SHA-256 is not one of OpenAI's.",
-        flag_values=values,
-    )
+    cli.define_trust_archive(values)
 
 
 @exit_codes

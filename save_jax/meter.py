@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from save_jax import optimizer
 from save_jax.optimizer import OptimizerConfig
@@ -30,6 +30,15 @@ class Plan(NamedTuple):
     eval_every: int
     checkpoint_every: int
     log_every: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], steps_per_epoch: int) -> "Plan":
+        """Returns the plan of a config: of `steps` updates or, where these are 0, of `epochs`."""
+        return cls(
+            config["steps"] or config["epochs"] * steps_per_epoch,
+            steps_per_epoch,
+            *(config[k] for k in ("batch_size", "eval_every", "checkpoint_every", "log_every")),
+        )
 
     def epoch(self, step: int) -> float:
         """Returns the epochs that `step` updates make."""

@@ -1,12 +1,13 @@
 """Progress with the time left, and the writer of a run's scalars."""
 
+import contextlib
 import json
 import pathlib
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -106,6 +107,24 @@ class Writer:
             self._events.close()
             if self._remote is not None:
                 shutil.rmtree(self._here)
+
+
+@contextlib.contextmanager
+def writing(
+    workdir: files.Path, restored_step: int | None, given: Writer | None
+) -> Iterator[Writer]:
+    """Gives the writer of a run's scalars: the one given, which stays open, or the workdir's own.
+
+    Args:
+        workdir: the run's directory.
+        restored_step: as in `Writer`.
+        given: takes the scalars in place of the workdir's files; None = these.
+    """
+    if given is not None:
+        yield given
+        return
+    with contextlib.closing(Writer(workdir, restored_step)) as own:
+        yield own
 
 
 def warn(text: str) -> None:

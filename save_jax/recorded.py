@@ -47,6 +47,12 @@ def read(path: files.Path) -> dict[str, Any]:
     return recorded
 
 
+def write(config: Mapping[str, Any], workdir: files.Path) -> None:
+    """Records the config that a run starts with; not again, where the run has one."""
+    if not (workdir / RECORDED).exists():
+        files.write(workdir / RECORDED, json.dumps(config, indent=2) + "\n")
+
+
 def deciding(recorded: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """The sections of a recorded config that, beside the weights, decide what a model answers.
 

@@ -21,8 +21,11 @@ FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
 RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
 
 
-def check_same_config(config: dict[str, Any], path: files.Path) -> None:
-    """Raises UserError naming the keys in which a run's recorded config differs from `config`."""
+def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
+    """Raises UserError naming the keys in which the config of a workdir's run, if any, differs."""
+    path = workdir / recorded.RECORDED
+    if not path.exists():
+        return
     there, here = recorded.flatten(recorded.read(path)), recorded.flatten(config)
     differing = [
         f"  {key}: {there.get(key, '(absent)')!r} there, {here.get(key, '(absent)')!r} now"
@@ -31,7 +34,7 @@ def check_same_config(config: dict[str, Any], path: files.Path) -> None:
     ]
     if differing:
         raise UserError(
-            f"{path.parent} holds a run with another config:\n"
+            f"{workdir} holds a run with another config:\n"
             + "\n".join(differing)
             + "\nUse another --workdir, or the config it was started with."
         )

@@ -160,6 +160,14 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def check_batch_sizes(config: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raises UserError unless every batch that a run's config names divides over the devices."""
+    for key in ("batch_size", "eval_batch_size"):
+        check_batch_size(key, config[key], mesh)
+    if config["micro_batch"]:
+        check_batch_size("micro_batch", config["micro_batch"], mesh)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts this process's rows of a batch on its devices, as rows of one global array."""
     sharding = batch_sharding(mesh)

@@ -239,7 +239,7 @@ def test_an_evaluation_does_not_take_the_place_of_another_runs(config, run, tmp_
     def data(*arguments):
         raise Reached
 
-    monkeypatch.setattr(main, "Splits", data)
+    monkeypatch.setattr(main, "open_splits", data)
     (tmp_path / "config.json").write_text(json.dumps(values(config)))
     with pytest.raises(UserError, match=r"Leave config\.init_from empty"):
         main.run(values(config, mode="evaluate", init_from=str(run)), tmp_path)

@@ -79,10 +79,10 @@ def test_another_config_in_a_workdir_is_refused_by_key(tmp_path):
     config = {"seed": 0, "mode": "train", "optimizer": {"new": 1e-4, "clip": 1e-7}}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    resume.check_same_config({**config, "mode": "evaluate"}, path)
+    resume.check_same_config({**config, "mode": "evaluate"}, tmp_path)
     changed = {**config, "seed": 1, "optimizer": {"new": 1e-3, "clip": 1e-7}}
     with pytest.raises(UserError) as refusal:
-        resume.check_same_config(changed, path)
+        resume.check_same_config(changed, tmp_path)
     assert "seed: 0 there, 1 now" in str(refusal.value)
     assert "optimizer.new: 0.0001 there, 0.001 now" in str(refusal.value)
     assert "clip" not in str(refusal.value)
@@ -92,7 +92,7 @@ def test_a_config_file_cut_short_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-        resume.check_same_config({"seed": 0}, path)
+        resume.check_same_config({"seed": 0}, tmp_path)
 
 
 def test_summary_shows_the_last_and_the_best(tmp_path):

@@ -110,6 +110,10 @@ def test_no_module_is_too_long():
     assert {path for path, lines in lengths.items() if lines > MOST_LINES} == LONG
 
 
+def test_the_entry_point_is_read_in_one_sitting():
+    assert len((ROOT / "save_jax/main.py").read_text().splitlines()) <= 200
+
+
 @pytest.mark.parametrize("folder", ["data_pipelines", "launch"])
 def test_folders_can_be_read_at_a_glance(folder):
     assert len(entries(folder)) <= MOST_ENTRIES, entries(folder)

@@ -193,9 +193,7 @@ def trace_programs(
         raise UserError(
             "config.cache.dir is set: what is compiled here computes everything; leave it empty"
         )
-    for key in ("batch_size", "eval_batch_size", "micro_batch"):
-        if key != "micro_batch" or config[key]:
-            sharding.check_batch_size(key, config[key], mesh)
+    sharding.check_batch_sizes(config, mesh)
     model = configuration.model_config(config, devices)
     loss = configuration.loss_config(config)
     # The number of steps is one constant of the program; without data there is no other.

@@ -45,12 +45,7 @@ def _define(values: flags.FlagValues) -> None:
         "How AST's states, nearly all of a cache, are stored; the rest is stored as computed.",
         flag_values=values,
     )
-    flags.DEFINE_bool(
-        "trust_archive",
-        False,
-        "Read a TorchScript archive whose SHA-256 is not one of OpenAI's.",
-        flag_values=values,
-    )
+    cli.define_trust_archive(values)
 
 
 def _alone(out: str) -> contextlib.AbstractContextManager:

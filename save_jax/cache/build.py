@@ -6,7 +6,7 @@ from typing import Any
 from save_jax import cache, optimizer, resume, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
-from save_jax.data import Splits, prepare_demo
+from save_jax.data import open_splits
 from save_jax.errors import UserError
 from save_jax.progress import say
 
@@ -38,9 +38,7 @@ def run(
     rates = configuration.optimizer_config(config, total_steps=1)
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_size("eval_batch_size", config["eval_batch_size"], mesh)
-    if config["data"]["dataset"] == "demo":
-        prepare_demo(config)
-    data = Splits(config)
+    data = open_splits(config)
     structure, abstract = train.abstract_state(model, optimizer.ALL_FROZEN, mesh)
     parts = _chosen(parts, cache.frozen_parts(model, rates, abstract.frozen))
     names = splits or [config["data"]["train_split"], config["data"]["eval_split"]]
