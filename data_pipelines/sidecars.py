@@ -177,13 +177,13 @@ def _find_vectors(
 
     # Here alone does preparation need the model's side: JAX, and PyTorch's files.
     from data_pipelines.modalities import teacher
-    from save_jax.weights.names.imagebind import make_embed
+    from save_jax.models.imagebind import VARIANTS, make_embed
+    from save_jax.weights.names.imagebind import loader
 
     folder = os.path.join(folder, "ImageBind")
     announce("affinities", f"ImageBind's vectors that {lacking} clips lack, into {folder}")
-    computed, problems = teacher.compute(
-        clips, folder, make_embed(imagebind), workers=workers, strict=strict
-    )
+    embed = make_embed(VARIANTS["huge"], loader(imagebind))
+    computed, problems = teacher.compute(clips, folder, embed, workers=workers, strict=strict)
     return given | {clip.video_id: clip for clip in computed}, problems
 
 

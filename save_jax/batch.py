@@ -4,8 +4,11 @@ B = clips in this batch, F = frames a clip, L = text tokens, T = filterbank fram
 size), M = mel bins (128), D = CLIP's shared width. Arrays a config does not use (sound in
 CLIP4Clip, say) are None: they are neither decoded, nor sent to the device. So are the inputs of an
 encoder whose results come with the batch, out of a cache (`save_jax.cache`).
+
+And of the other way, from the model to the pipelines: the teacher that preparation embeds clips by.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # A NumPy array on the host, a jax.Array on the device: this file imports neither.
@@ -54,3 +57,22 @@ class Batch(NamedTuple):
     ast_states: Array | None = None
     speech_states: Array | None = None
     caption_index: Array | None = None
+
+
+class Embed(NamedTuple):
+    """The teacher as preparation uses it: arrays of the host in, vectors of the host out.
+
+    `save_jax.models.imagebind.make_embed` makes one.
+
+    Attributes:
+        config: has `embed_dim` and the sizes of what goes in: `image_size`, `fbank_frames`,
+            `mel_bins`.
+        clips: how many clips are computed at a time; other numbers are cut or filled up to it.
+        video: uint8 [clips, frames, image_size, image_size, 3] -> float32 [clips, embed_dim].
+        audio: float32 [clips, pieces, fbank_frames, mel_bins] -> float32 [clips, embed_dim].
+    """
+
+    config: Any
+    clips: int
+    video: Callable[[Array], Array]
+    audio: Callable[[Array], Array]

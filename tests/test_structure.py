@@ -18,7 +18,7 @@ ALWAYS = {
 INSIDE = {
     "save_jax/data.py": ("data_pipelines",),
     "save_jax/cache/__main__.py": ("data_pipelines.storage.lock",),
-    "data_pipelines/sidecars.py": ("save_jax.weights.names.imagebind",),
+    "data_pipelines/sidecars.py": ("save_jax.models.imagebind", "save_jax.weights.names.imagebind"),
     "launch/benchmark/train.py": ("tests.support.reference",),
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "av", "transformers")

@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -18,28 +17,12 @@ from data_pipelines.datasets.types import Clip
 from data_pipelines.modalities import teacher_files, teacher_inputs
 from data_pipelines.pool import in_order
 from data_pipelines.storage import tfds_format
+from save_jax.batch import Embed
 from save_jax.errors import UserError
 
 # Below a folder of vectors, as in the layout of the reference's users (spec section 10).
 FOLDERS = {"video": "VideoFeature", "audio": "AudioFeature"}
 _READERS = 8  # threads that look for vectors: it is mostly waiting, where they are remote
-
-
-@runtime_checkable
-class Embed(Protocol):
-    """The teacher; `save_jax.weights.names.imagebind.make_embed` makes one.
-
-    Attributes:
-        config: has `embed_dim` and the sizes of what goes in.
-        clips: how many clips it computes at a time.
-        video: uint8 [clips, 32, image_size, image_size, 3] -> float32 [clips, embed_dim].
-        audio: float32 [clips, 3, fbank_frames, mel_bins] -> float32 [clips, embed_dim].
-    """
-
-    config: Any
-    clips: int
-    video: Callable[[np.ndarray], np.ndarray]
-    audio: Callable[[np.ndarray], np.ndarray]
 
 
 def compute(

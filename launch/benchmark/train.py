@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.batch:
         overrides.append(f"--config.batch_size={options.batch}")
     config = points.resolve(options.config, overrides)
+    configuration.set_matmul_precision(config)
     model = configuration.model_config(config)
     batch = random_batch(model, config)
     torch_turn = None if options.no_torch else _start_torch(config, model, batch)

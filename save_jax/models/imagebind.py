@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, UInt8
 
 from save_jax import parameters as params
 from save_jax import sharding
+from save_jax.batch import Embed
+from save_jax.config import DTYPES, matmul_precision
+from save_jax.errors import UserError
 from save_jax.models import layers
 from save_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 
@@ -199,22 +202,6 @@ def abstract(config: ImageBindConfig) -> tuple[params.Structure, params.Paramete
     return params.split(nnx.eval_shape(lambda: ImageBind(config, nnx.Rngs(params=0))))
 
 
-class Embed(NamedTuple):
-    """The teacher as data preparation uses it: arrays of the host in, vectors of the host out.
-
-    Attributes:
-        config: sizes of what goes in.
-        clips: how many clips are computed at a time; other numbers are cut or filled up to it.
-        video: uint8 [clips, frames, image_size, image_size, 3] -> float32 [clips, embed_dim].
-        audio: float32 [clips, pieces, fbank_frames, mel_bins] -> float32 [clips, embed_dim].
-    """
-
-    config: ImageBindConfig
-    clips: int
-    video: Callable[[np.ndarray], np.ndarray]
-    audio: Callable[[np.ndarray], np.ndarray]
-
-
 def make_embed(
     config: ImageBindConfig,
     load: Callable[[], params.Parameters],
@@ -230,11 +217,17 @@ def make_embed(
         load: gives the parameters of `ImageBind`, by name; called when they are first needed, since
             they are gigabytes and nothing may be left to compute.
         devices: where to compute; None = all of this process's.
+
+    Raises:
+        UserError: there is no such compute dtype.
     """
+    if config.dtype not in DTYPES:
+        raise UserError(
+            f"expected the teacher's dtype {' or '.join(DTYPES)}, found {config.dtype!r}"
+        )
     graphdef, _ = abstract(config)
     mesh = sharding.make_mesh({sharding.DATA: -1}, devices or jax.local_devices())
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    precision = "highest" if config.dtype == "float32" else "default"
     clips = mesh.size
 
     @functools.cache
@@ -244,7 +237,7 @@ def make_embed(
     def on_devices(method: str) -> Callable[[np.ndarray], np.ndarray]:
         @jax.jit
         def run(parameters, inputs):
-            with jax.default_matmul_precision(precision):
+            with jax.default_matmul_precision(matmul_precision(config.dtype)):
                 return getattr(params.merge(graphdef, parameters), method)(inputs)
 
         def call(inputs: np.ndarray) -> np.ndarray:

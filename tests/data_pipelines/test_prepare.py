@@ -342,10 +342,10 @@ def test_whisper_runs_where_there_is_no_file_and_what_it_writes_is_read(
 def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, monkeypatch):
     """ImageBind itself is tried in test_teacher.py."""
     from data_pipelines.modalities import teacher
-    from save_jax.weights.names import imagebind
+    from save_jax.models import imagebind
 
     def compute(clips, directory, embed, *, workers, strict):
-        assert embed == "made of w.pth"
+        assert embed == (imagebind.VARIANTS["huge"], "w.pth")
         made = []
         for clip in clips:
             if not clip.teacher_audio:
@@ -357,7 +357,8 @@ def test_imagebind_computes_the_vectors_that_are_not_there(miniature, tmp_path, 
         return made, (("", "video0", "a problem"),)
 
     monkeypatch.setattr(teacher, "compute", compute)
-    monkeypatch.setattr(imagebind, "make_embed", lambda path: f"made of {path}")
+    monkeypatch.setattr(imagebind, "make_embed", lambda *made_of: made_of)
+    monkeypatch.setattr("save_jax.weights.names.imagebind.loader", lambda path: path)
     directory = prepare(
         "msrvtt", str(miniature), str(tmp_path), recipe=RECIPE, workers=1, imagebind="w.pth"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from save_jax import parameters as params
+from save_jax.errors import UserError
 from save_jax.models import imagebind
 from save_jax.models.imagebind import ImageBindConfig
 from save_jax.weights.names import imagebind as table
@@ -141,6 +142,11 @@ def test_bfloat16_is_near(tiny):
         cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
         assert (cosine / np.linalg.norm(expected, axis=1) > 0.999).all()
         assert np.abs(found - expected).max() > 1e-6  # and it is another computation
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(UserError, match="float32 or bfloat16, found 'float16'"):
+        imagebind.make_embed(dataclasses.replace(TINY, dtype="float16"), dict)
 
 
 def test_full_size():

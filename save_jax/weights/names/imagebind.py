@@ -1,7 +1,8 @@
 """ImageBind's names (spec section 12) and ours as in `save_jax.models.imagebind.ImageBind`."""
 
-import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -99,27 +100,23 @@ def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
     return table.from_torch(TABLE, tensors, shapes, source=str(path))
 
 
-def make_embed(
-    path: str, *, dtype: str = "float32", config: ImageBindConfig = imagebind.VARIANTS["huge"]
-) -> imagebind.Embed:
-    """The teacher of a checkpoint; see `models.imagebind.make_embed`.
+def loader(
+    path: str, config: ImageBindConfig = imagebind.VARIANTS["huge"]
+) -> Callable[[], Parameters]:
+    """Returns what reads a checkpoint when it is called, for `models.imagebind.make_embed`.
 
     Args:
-        path: `imagebind_huge.pth`, or the same tensors as safetensors. It is read when the first
-            clip is embedded, and errors as `load` are raised then.
-        dtype: compute dtype, "float32" or "bfloat16".
+        path: `imagebind_huge.pth`, or the same tensors as safetensors. It is not read here; errors
+            as those of `load` are raised when it is.
         config: other sizes than the published ones.
 
     Raises:
         UserError: there is no such file.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"expected the teacher's dtype float32 or bfloat16, found {dtype!r}")
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise UserError(
             f"{path}: expected ImageBind's checkpoint, found no such file. Download {ADDRESS} "
             "and give its path"
         )
-    config = dataclasses.replace(config, dtype=dtype)
-    return imagebind.make_embed(config, lambda: load(file, config))
+    return functools.partial(load, file, config)

@@ -21,9 +21,10 @@ from data_pipelines.modalities import teacher as teacher_vectors
 from data_pipelines.modalities import teacher_inputs
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
+from save_jax.batch import Embed
 from save_jax.errors import UserError
-from save_jax.models.imagebind import ImageBindConfig
-from save_jax.weights.names.imagebind import make_embed
+from save_jax.models.imagebind import ImageBindConfig, make_embed
+from save_jax.weights.names.imagebind import loader
 from tests.support import imagebind_reference, object_store
 from tests.support import media as synthetic
 
@@ -279,8 +280,8 @@ def test_with_imagebind_itself_from_its_checkpoint(clips, tmp_path):
         imagebind_reference.Sizes(**{name: getattr(CONFIG, name) for name in sizes})
     )
     torch.save(theirs.state_dict(), tmp_path / "imagebind.pth")
-    embed = make_embed(str(tmp_path / "imagebind.pth"), config=CONFIG)
-    assert isinstance(embed, teacher_vectors.Embed) and embed.clips == len(jax.devices())
+    embed = make_embed(CONFIG, loader(str(tmp_path / "imagebind.pth"), CONFIG))
+    assert isinstance(embed, Embed) and embed.clips == len(jax.devices())
     found, problems = teacher_vectors.compute(clips, str(tmp_path), embed, workers=1)
     assert problems == ()
     for clip in found:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from launch.benchmark import __main__ as benchmark
@@ -21,6 +22,17 @@ def test_both_steps_are_measured_in_one_run(capsys):
     ratio = result["torch_step_seconds"] / result["step_seconds"]
     assert result["ratio_to_torch"] == pytest.approx(ratio)
     assert "PyTorch" in out and "GFLOP a step" in out
+
+
+def test_products_are_as_exact_as_a_runs(capsys):
+    """Else a GPU would be timed in TF32, and a TPU in bfloat16, where a run takes float32."""
+    before = jax.config.jax_default_matmul_precision
+    try:
+        jax.config.update("jax_default_matmul_precision", None)
+        assert benchmark.main([*SMALL, "--no_torch"]) == 0
+        assert jax.config.jax_default_matmul_precision == "highest"
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.mark.parametrize(

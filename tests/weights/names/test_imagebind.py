@@ -141,7 +141,7 @@ def test_a_file_gives_the_teacher(kind, state, theirs, tmp_path):
         path = save({k: v.half() for k, v in state.items()}, tmp_path / "imagebind.pth")
     else:
         path = save(state, tmp_path / "imagebind.pth")
-    embed = imagebind.make_embed(str(path), config=TINY)
+    embed = model.make_embed(TINY, imagebind.loader(str(path), TINY))
     images, fbanks = clips(TINY, 2, frames=3, pieces=3)
     video, audio = outputs(theirs, images, fbanks)
     tolerance = 0.02 if kind == "float16" else 1e-5
@@ -179,11 +179,11 @@ def test_everything_that_does_not_fit_is_named_at_once(state, tmp_path):
 
 def test_other_files_are_refused(state, tmp_path):
     with pytest.raises(UserError, match=r"expected ImageBind's checkpoint.*Download https://"):
-        imagebind.make_embed(str(tmp_path / "absent.pth"))
-    with pytest.raises(UserError, match="float32 or bfloat16, found 'float16'"):
-        imagebind.make_embed(str(tmp_path / "absent.pth"), dtype="float16")
+        imagebind.loader(str(tmp_path / "absent.pth"))
     other = save({"weight": torch.ones(3)}, tmp_path / "other.pth")
-    embed = imagebind.make_embed(str(other), config=TINY)  # it is read when it is needed
+    embed = model.make_embed(
+        TINY, imagebind.loader(str(other), TINY)
+    )  # it is read when it is needed
     with pytest.raises(UserError, match=r"other\.pth does not hold this model's parameters"):
         embed.video(clips(TINY, 1, frames=1, pieces=1)[0])
     larger = dataclasses.replace(TINY, vision_width=64)
