@@ -1,18 +1,23 @@
 """The training step: clips/s, utilisation, and the same step in plain PyTorch, in one run.
 
-The batch is random and already in memory: reading is what `input` measures. PyTorch's step is the
-tests' reference (`tests/support/reference.py`), with fused attention and, in bfloat16, autocast; it
-runs in a process of its own, and the two take turns. Utilisation is the step's rate of
-floating-point operations over that of one large matrix product, measured in the same run.
+The batch is random and already in memory: reading is what `input` measures. PyTorch's step is that
+of the model in --reference, by default the one that a checkout's tests compare with, with fused
+attention and, in bfloat16, autocast; it runs in a process of its own, and the two take turns.
+Utilisation is the step's rate of floating-point operations over that of one large matrix product,
+measured in the same run.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
+import pathlib
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,6 +35,8 @@ from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 
 TEACHER = 1024  # width of ImageBind's vectors
+# SAVE in plain PyTorch, of which an installed package has none: beside this one in a checkout.
+REFERENCE = pathlib.Path(__file__).parents[2] / "tests/support/reference.py"
 TOTAL_STEPS = 1000  # of the schedule; what is measured is its beginning
 
 
@@ -40,6 +47,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="a turn (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
     parser.add_argument("--no_torch", action="store_true", help="leave PyTorch out")
+    parser.add_argument(
+        "--reference",
+        type=pathlib.Path,
+        default=REFERENCE,
+        metavar="FILE.py",
+        help="SAVE in PyTorch (default: tests/support/reference.py of the checkout)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
     )
@@ -60,7 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     configuration.set_matmul_precision(config)
     model = configuration.model_config(config)
     batch = random_batch(model, config)
-    torch_turn = None if options.no_torch else _start_torch(config, model, batch)
+    torch_turn = None
+    if not options.no_torch:
+        torch_turn = _start_torch(options.reference, config, model, batch)
     ours, flops, compile_seconds = _our_turn(config, model, batch)
 
     seconds: dict[str, list[float]] = {"jax": [], "torch": []}
@@ -168,22 +184,25 @@ def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[
     return turn, flops, compile_seconds
 
 
-def _start_torch(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> Turn:
+def _start_torch(
+    file: pathlib.Path, config: dict[str, Any], model: SAVEConfig, batch: Batch
+) -> Turn:
     """PyTorch's step in a process of its own, which waits while it is not its turn."""
-    try:
-        import torch  # noqa: F401, only to say so here
-
-        from tests.support import reference
-    except ImportError as error:
+    lacks = None
+    if not file.is_file():
+        lacks = f"{file}, which is not there"
+    elif not importlib.util.find_spec("torch"):
+        lacks = "the package 'torch'"
+    if lacks:
         raise UserError(
-            f"PyTorch's step needs {error.name!r}: run this in a checkout of the repository with "
+            f"PyTorch's step needs {lacks}: run this in a checkout of the repository with "
             "pip install -e '.[test]', or give --no_torch"
-        ) from error
+        )
     if not (model.sound_weight and model.speech_weight and config["loss"]["soft_albef_weight"]):
         raise UserError("PyTorch's step is SAVE's only: for a baseline, give --no_torch")
     clip, ast = dataclasses.asdict(model.clip), dataclasses.asdict(model.ast)
-    sizes = reference.Sizes(
-        **clip,
+    sizes = dict(
+        clip,
         fbank_frames=ast["fbank_frames"],
         mel_bins=ast["mel_bins"],
         audio_width=ast["width"],
@@ -196,7 +215,7 @@ def _start_torch(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> Tur
         queries=model.audio_queries,
     )
     here, there = multiprocessing.Pipe()
-    arguments = (there, sizes, batch, config["dtype"], jax.default_backend() == "gpu")
+    arguments = (there, file, sizes, batch, config["dtype"], jax.default_backend() == "gpu")
     process = multiprocessing.get_context("spawn").Process(
         target=_torch_process, args=arguments, daemon=True
     )
@@ -214,17 +233,32 @@ def _start_torch(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> Tur
     return turn
 
 
-def _torch_process(orders: Connection, sizes: Any, batch: Batch, dtype: str, on_gpu: bool) -> None:
+def _load(file: pathlib.Path) -> types.ModuleType:
+    """A Python file as a module, though it is part of no package."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _torch_process(
+    orders: Connection,
+    file: pathlib.Path,
+    sizes: dict[str, int],
+    batch: Batch,
+    dtype: str,
+    on_gpu: bool,
+) -> None:
     """Takes the steps that are asked for; 0 ends it."""
     import torch
 
-    from tests.support import reference
-
+    reference = _load(file)
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_default_device(device)
     reference.ASTAttention.forward = _fused_attention
-    model = reference.SAVE(sizes)
+    model = reference.SAVE(reference.Sizes(**sizes))
     parameters = dict(model.named_parameters())
     for name, value in parameters.items():
         value.requires_grad_(reference.PEAK_RATES[reference.group_of(name)] > 0)

@@ -41,6 +41,7 @@ def test_products_are_as_exact_as_a_runs(capsys):
         (["--steps=0"], "at least 1"),
         (["--set", "modle=1"], "modle"),
         (["--config=configs/demo.py:clip4clip", "--batch=8"], "--no_torch"),
+        (["--reference=absent.py"], "absent.py, which is not there: run this in a checkout"),
     ],
 )
 def test_mistakes_are_named(capsys, flags, message):
