@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from save_jax import batch
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
@@ -80,8 +81,8 @@ def get_config() -> ConfigDict:
             "dir": "",  # a directory made by `python -m data_pipelines.prepare`
             "train_split": "train",
             "eval_split": "test",
-            "max_frames": 12,  # F
-            "max_words": 32,  # L, tokens of a caption and of a transcript
+            "max_frames": batch.MAX_FRAMES,  # F
+            "max_words": batch.MAX_WORDS,  # L, tokens of a caption and of a transcript
             "tokenizer": "",  # directory or hub id of a CLIP tokenizer; "": the one installed
         }
     )

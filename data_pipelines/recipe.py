@@ -9,6 +9,7 @@ import json
 
 from etils import epath
 
+from save_jax import batch
 from save_jax.errors import UserError
 
 
@@ -27,13 +28,13 @@ class Recipe:
         version: raised whenever the code that makes the arrays changes what it makes.
     """
 
-    image_size: int = 224
-    max_frames: int = 12
+    image_size: int = batch.IMAGE_SIZE
+    max_frames: int = batch.MAX_FRAMES
     frames_per_second: int = 1
     encoding: str = "jpeg"
-    fbank_frames: int = 1024
-    mel_bins: int = 128
-    teacher_size: int = 1024
+    fbank_frames: int = batch.FBANK_FRAMES
+    mel_bins: int = batch.MEL_BINS
+    teacher_size: int = batch.TEACHER_SIZE
     version: int = 1
 
     def to_json(self) -> str:

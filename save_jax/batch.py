@@ -11,6 +11,14 @@ And of the other way, from the model to the pipelines: the teacher that preparat
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# The reference's sizes (spec section 1): where what stores arrays and what computes on them meet.
+IMAGE_SIZE = 224  # height and width of a frame, in pixels
+MAX_FRAMES = 12  # F
+MAX_WORDS = 32  # L
+FBANK_FRAMES = 1024  # T
+MEL_BINS = 128  # M
+TEACHER_SIZE = 1024  # of ImageBind's vectors
+
 # A NumPy array on the host, a jax.Array on the device: this file imports neither.
 Array = Any
 

@@ -1,6 +1,8 @@
 """Every experiment's config: what differs from the base, and that the model takes it."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -65,6 +67,16 @@ def test_every_config_and_model_can_run(name, model):
         return
     recipe = Recipe(**datasets.load_dataset(name).RECIPE)
     recipe.check(configuration.expected_recipe(its_model, config.data.max_frames), name)
+
+
+def test_the_makefile_prepares_the_demo_in_the_sizes_of_its_config():
+    makefile = (pathlib.Path(__file__).parents[1] / "Makefile").read_text()
+    (recipe,) = re.findall(r"^transcribe:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    given = {key: int(value) for key, value in re.findall(r"--(\w+)=(\d+)", recipe)}
+    config = demo.get_config()
+    model = configuration.model_config(config.to_dict(), [])
+    expected = configuration.expected_recipe(model, config.data.max_frames)
+    assert {**dataclasses.asdict(Recipe()), **given} == {**dataclasses.asdict(Recipe()), **expected}
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

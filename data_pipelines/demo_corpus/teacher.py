@@ -11,8 +11,7 @@ import numpy as np
 
 from data_pipelines.demo_corpus import sounds
 from data_pipelines.demo_corpus.plan import PlannedClip, clip_rng
-
-DIMENSION = 1024
+from save_jax.batch import TEACHER_SIZE
 
 
 def video_vector(seed: int, clip: PlannedClip) -> np.ndarray:
@@ -41,12 +40,12 @@ def audio_vector(seed: int, clip: PlannedClip) -> np.ndarray:
 
 def _vector(parts: list[tuple[float, str]], rng: np.random.Generator) -> np.ndarray:
     vector = sum(weight * _direction(name) for weight, name in parts)
-    vector = vector + 0.1 * rng.standard_normal(DIMENSION) / np.sqrt(DIMENSION)
+    vector = vector + 0.1 * rng.standard_normal(TEACHER_SIZE) / np.sqrt(TEACHER_SIZE)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
 @functools.cache
 def _direction(name: str) -> np.ndarray:
     """A fixed random unit vector; any two of them are nearly orthogonal."""
-    vector = np.random.default_rng(list(name.encode())).standard_normal(DIMENSION)
+    vector = np.random.default_rng(list(name.encode())).standard_normal(TEACHER_SIZE)
     return vector / np.linalg.norm(vector)

@@ -40,6 +40,7 @@ from data_pipelines.modalities import audio, record
 from data_pipelines.modalities import video as video_files
 from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
+from save_jax.batch import MAX_WORDS
 from save_jax.errors import UserError
 
 WIDTH, HEIGHT, FPS, SOUND_RATE = 320, 240, 25, 44100
@@ -194,7 +195,7 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
         seed=0,
         start_step=0,
         total_steps=10**9,
-        max_words=32,
+        max_words=MAX_WORDS,
         sound=True,
         speech=True,
         teacher=True,

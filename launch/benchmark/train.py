@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.compile import roofline
+from launch.compile import program, roofline
 from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import sharding, train
@@ -34,7 +34,6 @@ from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 
-TEACHER = 1024  # width of ImageBind's vectors
 # SAVE in plain PyTorch, of which an installed package has none: beside this one in a checkout.
 REFERENCE = pathlib.Path(__file__).parents[2] / "tests/support/reference.py"
 TOTAL_STEPS = 1000  # of the schedule; what is measured is its beginning
@@ -113,30 +112,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def random_batch(model: SAVEConfig, config: dict[str, Any]) -> Batch:
     """Random clips of a config's sizes; every one has sound and speech."""
     rng = np.random.default_rng(0)
-    clips, frames, words = (
-        config["batch_size"],
-        config["data"]["max_frames"],
-        config["data"]["max_words"],
-    )
-    side = model.clip.image_size
-    ids = rng.integers(1, model.clip.vocab_size - 1, (2, clips, words)).astype(np.int32)
-    ids[..., -1] = model.clip.vocab_size - 1
-    audio = (clips, model.ast.fbank_frames, model.ast.mel_bins)
-    teacher = rng.standard_normal((2, clips, TEACHER)).astype(np.float32)
-    sound, speech = bool(model.sound_weight), bool(model.speech_weight)
-    aligned = bool(config["loss"]["soft_albef_weight"])
-    return Batch(
-        frames=rng.integers(0, 256, (clips, frames, side, side, 3), np.uint8),
-        frame_mask=np.ones((clips, frames), bool),
-        caption_ids=ids[0],
-        transcript_ids=ids[1] if speech else None,
-        fbank=rng.standard_normal(audio).astype(np.float16) if sound else None,
-        has_audio=np.ones(clips, bool) if sound else None,
-        teacher_video=teacher[0] if aligned else None,
-        teacher_audio=teacher[1] if aligned else None,
-        has_teacher=np.ones(clips, bool) if aligned else None,
-        index=np.arange(clips, dtype=np.int32),
-    )
+    end = model.clip.vocab_size - 1  # the last token of a text, which its embedding is read at
+    shapes = program.batch_shapes(config, model, config["batch_size"], training=True)
+
+    def made(shape: jax.ShapeDtypeStruct | None) -> np.ndarray | None:
+        if shape is None:
+            return None
+        if shape.dtype == bool:
+            return np.ones(shape.shape, bool)
+        if shape.dtype == np.uint8:
+            return rng.integers(0, 256, shape.shape, np.uint8)
+        if shape.dtype == np.int32:
+            ids = rng.integers(1, end, shape.shape, np.int32)
+            ids[..., -1] = end
+            return ids
+        return rng.standard_normal(shape.shape).astype(shape.dtype)
+
+    return Batch(*map(made, shapes))._replace(index=np.arange(config["batch_size"], dtype=np.int32))
 
 
 def matrix_product_rate(dtype: str) -> float:
@@ -215,7 +207,7 @@ def _start_torch(
         queries=model.audio_queries,
     )
     here, there = multiprocessing.Pipe()
-    arguments = (there, file, sizes, batch, config["dtype"], jax.default_backend() == "gpu")
+    arguments = (there, file, sizes, batch, config, jax.default_backend() == "gpu")
     process = multiprocessing.get_context("spawn").Process(
         target=_torch_process, args=arguments, daemon=True
     )
@@ -247,13 +239,13 @@ def _torch_process(
     file: pathlib.Path,
     sizes: dict[str, int],
     batch: Batch,
-    dtype: str,
+    config: dict[str, Any],
     on_gpu: bool,
 ) -> None:
     """Takes the steps that are asked for; 0 ends it."""
     import torch
 
-    reference = _load(file)
+    reference, loss = _load(file), config["loss"]
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_default_device(device)
@@ -272,20 +264,22 @@ def _torch_process(
     def step() -> None:
         for value in parameters.values():
             value.grad = None
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
             text = model.clip.text(arrays["caption_ids"])
             video = model.video(
                 *(arrays[name] for name in ("frames", "frame_mask", "fbank", "transcript_ids"))
             )
         text, video = text.float(), type(video)(*(x.float() for x in video))
-        loss = reference.contrastive(
-            text, video, arrays["frame_mask"], model.clip.logit_scale, 0.2, 0.1
-        ) + reference.soft_albef(
+        margin = (loss[key] for key in ("margin_beta", "margin_delta"))
+        contrastive = reference.contrastive(
+            text, video, arrays["frame_mask"], model.clip.logit_scale, *margin
+        )
+        soft_albef = reference.soft_albef(
             video.visual,
             video.audio,
             *(arrays[name] for name in ("teacher_video", "teacher_audio", "has_audio")),
         )
-        loss.backward()
+        (contrastive + loss["soft_albef_weight"] * soft_albef).backward()
         adam.step()
         if on_gpu:
             torch.cuda.synchronize()

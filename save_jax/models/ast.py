@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from save_jax.batch import FBANK_FRAMES, MEL_BINS
 from save_jax.models import layers
 
 EPSILON = 1e-6  # of every LayerNorm in the trunk
@@ -15,8 +16,8 @@ EPSILON = 1e-6  # of every LayerNorm in the trunk
 class ASTConfig:
     """Sizes of the trunk; the input is `fbank_frames` × `mel_bins`."""
 
-    fbank_frames: int = 1024
-    mel_bins: int = 128
+    fbank_frames: int = FBANK_FRAMES
+    mel_bins: int = MEL_BINS
     patch_size: int = 16
     stride: int = 10
     width: int = 768

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from save_jax.batch import IMAGE_SIZE
 from save_jax.models import layers
 
 EPSILON = 1e-5  # of every LayerNorm in both towers
@@ -20,7 +21,7 @@ class CLIPConfig:
     """Sizes of both towers; lengths in tokens, sides in pixels."""
 
     embed_dim: int = 512
-    image_size: int = 224
+    image_size: int = IMAGE_SIZE
     patch_size: int = 32
     vision_width: int = 768
     vision_layers: int = 12
@@ -40,7 +41,7 @@ class CLIPConfig:
         return cls(patch_size=16)
 
     @classmethod
-    def vit_l14(cls, image_size: int = 224) -> "CLIPConfig":
+    def vit_l14(cls, image_size: int = IMAGE_SIZE) -> "CLIPConfig":
         return cls(
             embed_dim=768,
             image_size=image_size,

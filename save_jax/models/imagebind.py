@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from save_jax import parameters as params
 from save_jax import sharding
-from save_jax.batch import Embed
+from save_jax.batch import TEACHER_SIZE, Embed
 from save_jax.config import DTYPES, matmul_precision
 from save_jax.errors import UserError
 from save_jax.models import layers
@@ -29,7 +29,7 @@ INITIAL_SCALE = 20.0
 class ImageBindConfig:
     """Sizes of both towers; `dtype` is the compute dtype, "float32" or "bfloat16"."""
 
-    embed_dim: int = 1024
+    embed_dim: int = TEACHER_SIZE
     image_size: int = 224
     patch_size: int = 14
     vision_width: int = 1280
