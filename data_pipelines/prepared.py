@@ -1,9 +1,6 @@
 """Where a prepared directory and what belongs to it lie."""
 
 import contextlib
-import hashlib
-import os
-import tempfile
 
 from etils import epath
 
@@ -22,12 +19,9 @@ def notes_directory(directory: epath.Path) -> epath.Path:
     return directory.with_name(f"{directory.name}.progress")
 
 
-def lock_path(directory: epath.Path) -> str:
-    """The file that a process locks while it prepares a directory."""
-    if not is_remote(directory):
-        return f"{directory}.lock"
-    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return os.path.join(tempfile.gettempdir(), f"save_jax-{os.getuid()}-{name}.lock")
+def lock_path(directory: epath.Path) -> epath.Path:
+    """The file by which a process holds a directory (`files.hold`) while it prepares it."""
+    return directory.with_name(f"{directory.name}.lock")
 
 
 def clean_up(directory: epath.Path) -> None:
@@ -35,5 +29,5 @@ def clean_up(directory: epath.Path) -> None:
     with contextlib.suppress(OSError):  # it is not there; or it is not for us to write there
         notes_directory(directory).rmtree()
     # Should another process hold the lock still, then to find out what is known here.
-    with contextlib.suppress(OSError):
-        os.unlink(lock_path(directory))
+    with contextlib.suppress(Exception):  # each kind of store has its own
+        lock_path(directory).unlink(missing_ok=True)
