@@ -8,6 +8,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ LOCK = ".lock"  # in a directory that one process at a time may write to
 # An object store has no locks. Whoever holds a directory there rewrites LOCK every _RENEWED
 # seconds; one that stays the same for _LEASE seconds was left by a process that has died.
 _RENEWED, _LEASE, _SETTLED = 10.0, 45.0, 2.0
+_ATTEMPTS = 100  # to make a directory and its lock, while others remove theirs
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
@@ -175,7 +177,7 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def _sync_folder_of(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system does that to a folder
+    with contextlib.suppress(OSError):  # not every file system does that
         _sync(pathlib.Path(path).parent)
 
 
@@ -289,7 +291,7 @@ def _lock(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[None
 
 def _locked(directory: Path, path: Path, wait: bool) -> int:
     """The descriptor of a directory's lock."""
-    while True:
+    for left in itertools.count(_ATTEMPTS, -1):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = lock(path)
@@ -301,9 +303,10 @@ def _locked(directory: Path, path: Path, wait: bool) -> int:
                 print(f"waiting for {found}, which holds {directory}", flush=True)
                 descriptor = lock(path, wait=True)
             return descriptor
-        except FileNotFoundError:  # who held it before has just removed it, or the empty directory
-            continue
         except OSError as error:
+            # Who held it before may just have removed it, and the empty directory.
+            if isinstance(error, FileNotFoundError) and left > 1:
+                continue
             if is_outage(error) and error.errno not in NO_SPACE:
                 raise OutageError(
                     f"{directory} cannot be locked: {error}. When the disk works again, the same "
@@ -353,13 +356,12 @@ def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[Non
 
     found: dict[str, str | int] = {}
     try:
-        while not take():
-            if not wait:
-                raise _held(directory, path, found.get("holder"))
-    except UserError:
-        raise
+        while not (taken := take()) and wait:
+            pass
     except Exception as error:  # each kind of store has its own
         raise _unreachable(path, error) from error
+    if not taken:
+        raise _held(directory, path, found.get("holder"))
     ended = threading.Event()
 
     def keep() -> None:
@@ -380,11 +382,10 @@ def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[Non
             file=sys.stderr,
             flush=True,
         )
-        # At once: anything that this process still wrote could destroy the other's work. The code
-        # says "interrupted, can be resumed", for so it is: nothing is wrong with the command (2) or
-        # the run (1). A launcher that starts it again does the other no harm: the new process waits
-        # for up to 45 seconds here, is refused with code 2 if the other still works, and finishes
-        # the work if the other has died.
+        # At once: what this process still wrote could destroy the other's work. The code says "can
+        # be resumed", as nothing is wrong with the command (2) or the run (1). Started again, it
+        # does no harm: it waits here for up to _LEASE seconds, and is refused with 2 if the other
+        # is still at work, or finishes that work if the other has died.
         os._exit(os.EX_TEMPFAIL)
 
     keeper = threading.Thread(target=keep, name="lease", daemon=True)

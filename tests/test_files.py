@@ -311,6 +311,11 @@ def test_a_process_may_wait_for_the_one_that_holds_a_directory(tmp_path, capfd):
     assert f"waiting for process {holder.pid} on" in capfd.readouterr().out
 
 
+def test_where_no_directory_can_be_made_there_is_an_end():
+    with pytest.raises(UserError, match="/proc/run: expected a directory to write to, found"):
+        files.hold(pathlib.Path("/proc/run")).__enter__()
+
+
 @pytest.mark.parametrize(("number", "error"), [(errno.EIO, OutageError), (errno.EROFS, UserError)])
 def test_a_disk_that_fails_as_a_directory_is_taken(tmp_path, monkeypatch, number, error):
     def fail(*_, **__):
