@@ -22,48 +22,10 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from save_jax.errors import OutageError, UserError
+from save_jax import errors
+from save_jax.errors import ABSENT, NO_SPACE, OutageError, UserError
 from save_jax.files import is_remote
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-# What the system says of a path rather than of itself. Permission is among it: one file that this
-# account may not read, among ten thousand, is like one that is damaged; but see `_closed`.
-_OF_THE_PATH = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EILSEQ,
-        errno.EINVAL,
-        errno.EEXIST,
-        errno.ENOTEMPTY,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
-_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# Whose exceptions say that a store or the network fails, whatever they derive from.
-_NETWORK = (
-    "adlfs.",
-    "aiohttp.",
-    "azure.",
-    "botocore.",
-    "fsspec.",
-    "gcsfs.",
-    "google.api_core.",
-    "google.auth.",
-    "google.cloud.",
-    "http.",
-    "requests.",
-    "s3fs.",
-    "ssl.",
-    "urllib.",
-    "urllib3.",
-)
 _PLENTY = 2**31 - 1  # bytes: the most that FFmpeg takes in one piece
 
 _REMEDIES = {
@@ -82,20 +44,11 @@ _REMEDY = (
 
 def is_outage(error: BaseException) -> bool:
     """Whether an exception is the fault of the machine, its network or a store, not of a file."""
-    module = f"{type(error).__module__}."
-    if module.startswith("av."):
+    if type(error).__module__.split(".")[0] == "av":
         # Of reading it knows nothing (see above), and damaged files ask it for absurd amounts of
         # memory, which it refuses by the same word as the system.
         return getattr(error, "errno", None) == errno.ENOMEM and memory_is_short()
-    if isinstance(error, OutageError | MemoryError):
-        return True
-    if isinstance(error, _ABSENT):
-        return False
-    if module.startswith(_NETWORK):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno not in _OF_THE_PATH
-    return isinstance(error, TimeoutError | ConnectionError)
+    return errors.is_outage(error)
 
 
 def outage(where: str | os.PathLike, error: BaseException) -> OutageError:
@@ -149,7 +102,7 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         pass_on(error, path)
         # Of a store, any other words than "absent" are about it: its rights are not an object's.
-        if (is_remote(path) and not isinstance(error, _ABSENT)) or _closed(path, error):
+        if (is_remote(path) and not isinstance(error, ABSENT)) or _closed(path, error):
             raise outage(path, error) from error
         raise
 

@@ -13,6 +13,7 @@ from etils import epath
 from data_pipelines import datasets, outages, prepared, sidecars
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.sidecars import Speech
+from save_jax import files
 from save_jax.errors import UserError
 
 TRANSCRIPTS = ("file", "whisper", "none")
@@ -75,11 +76,12 @@ def prepare(
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
 
     # Here, because worker processes import this module again, and have no use for what writes.
-    from data_pipelines.storage import lock, tfds_format
+    from data_pipelines.storage import tfds_format
     from data_pipelines.storage.build import build
 
     processors = os.cpu_count() or 1
-    with lock.hold(directory, wait=wait):
+    # In a bucket, too: on two machines, each would remove what the other has written so far.
+    with files.hold(directory, beside=prepared.lock_path(directory), wait=wait):
         if _is_done(directory, recipe, speech):  # by the process that was waited for
             return directory
         if dataset == "demo":

@@ -1,10 +1,7 @@
 """A prepared directory: what it records of itself, and where what belongs to it lies."""
 
 import contextlib
-import hashlib
 import json
-import os
-import tempfile
 from typing import Any
 
 from etils import epath
@@ -45,12 +42,9 @@ def notes_directory(directory: epath.Path) -> epath.Path:
     return directory.with_name(f"{directory.name}.progress")
 
 
-def lock_path(directory: epath.Path) -> str:
-    """The file that a process locks while it prepares a directory."""
-    if not is_remote(directory):
-        return f"{directory}.lock"
-    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return os.path.join(tempfile.gettempdir(), f"save_jax-{os.getuid()}-{name}.lock")
+def lock_path(directory: epath.Path) -> epath.Path:
+    """The file by which a process holds a directory (`files.hold`) while it prepares it."""
+    return directory.with_name(f"{directory.name}.lock")
 
 
 def clean_up(directory: epath.Path) -> None:
@@ -58,5 +52,5 @@ def clean_up(directory: epath.Path) -> None:
     with contextlib.suppress(OSError):  # it is not there; or it is not for us to write there
         notes_directory(directory).rmtree()
     # Should another process hold the lock still, then to find out what is known here.
-    with contextlib.suppress(OSError):
-        os.unlink(lock_path(directory))
+    with contextlib.suppress(Exception):  # each kind of store has its own
+        lock_path(directory).unlink(missing_ok=True)

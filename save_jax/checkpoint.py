@@ -5,7 +5,6 @@ state, each under its flat name. A directory appears under its final name only o
 complete, so an interrupted write is never restored.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -19,10 +18,11 @@ from jax.typing import ArrayLike
 from orbax.checkpoint import checkpoint_managers
 
 from save_jax import files
-from save_jax.errors import OutageError, UserError
+from save_jax.errors import OutageError, UserError, is_outage
 from save_jax.parameters import Parameters
 
 DIRECTORY = "checkpoints"  # within a workdir
+COMMITTED = "commit_success.txt"  # orbax's name for what is written last, in gs://
 BEST_METRIC = "SumR"  # of text→video
 SHOWN = 5  # names shown of a long list
 
@@ -129,11 +129,25 @@ class Checkpoints:
 
 
 def is_ours(path: str | os.PathLike) -> bool:
-    """Whether a path is a run's directory, or one of its checkpoints."""
+    """Whether a path is a run's directory, or one of its checkpoints, which is complete."""
     path = files.path(path)
-    return (path / "default").is_dir() or any(
-        child.name.isdigit() for parent in (path, path / DIRECTORY) for child in parent.glob("*")
+    return _is_one(path) or any(
+        child.name.isdigit() and is_complete(child)
+        for parent in (path, path / DIRECTORY)
+        for child in parent.glob("*")
     )
+
+
+def is_complete(checkpoint: files.Path) -> bool:
+    """Whether orbax has written all of a STEP directory, if there is one of that name.
+
+    On a disk, and in s3://, it has that name only then; in gs:// it holds a file that says so.
+    """
+    return not os.fspath(checkpoint).startswith("gs://") or (checkpoint / COMMITTED).exists()
+
+
+def _is_one(path: files.Path) -> bool:
+    return (path / "default").is_dir() and is_complete(path)
 
 
 def find(path: str | os.PathLike) -> files.Path:
@@ -143,12 +157,21 @@ def find(path: str | os.PathLike) -> files.Path:
         UserError: there is none, naming what was looked for.
     """
     path = files.path(path)
+    unfinished = [path] if (path / "default").is_dir() else []
     for parent in (path / DIRECTORY, path):
         steps = [int(p.name) for p in parent.glob("*") if p.name.isdigit() and p.is_dir()]
-        if steps:
-            return parent / str(max(steps))
-    if (path / "default").is_dir():
+        for step in sorted(steps, reverse=True):
+            if is_complete(parent / str(step)):
+                return parent / str(step)
+            unfinished.append(parent / str(step))
+    if _is_one(path):
         return path
+    if unfinished:
+        raise UserError(
+            f"no complete checkpoint at {path}: {unfinished[0]} lacks {COMMITTED}, with which "
+            "writing one to gs:// ends. It was interrupted; or, if it was copied from a disk, read "
+            "it there."
+        )
     raise UserError(
         f"no checkpoint at {path}: expected a workdir with {DIRECTORY}/STEP/ in it, or one such "
         "STEP directory" + ("" if path.exists() else " (the path does not exist)")
@@ -274,15 +297,8 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
         raise _unreadable(checkpoint, error) from error
 
 
-# What the system says when a disk or a network fails, and no file is at fault.
-_OUTAGES = (
-    errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE,
-    errno.ENOMEM, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED,
-)  # fmt: skip
-
-
 def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageError:
-    if getattr(error, "errno", None) in _OUTAGES:
+    if is_outage(error):
         return OutageError(
             f"{checkpoint} cannot be read now: {error}. That is the fault of this machine, its "
             "network or a store, not of the checkpoint: when it works again, the same command "

@@ -1,10 +1,51 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+# What the system says of a path rather than of itself. Permission is among it: one file that this
+# account may not read, among ten thousand, is like one that is damaged.
+_OF_THE_PATH = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EILSEQ,
+        errno.EINVAL,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# Whose exceptions say that a store or the network fails, whatever they derive from.
+_NETWORK = (
+    "adlfs.",
+    "aiohttp.",
+    "azure.",
+    "botocore.",
+    "fsspec.",
+    "gcsfs.",
+    "google.api_core.",
+    "google.auth.",
+    "google.cloud.",
+    "http.",
+    "requests.",
+    "s3fs.",
+    "ssl.",
+    "urllib.",
+    "urllib3.",
+)
 
 Arguments = ParamSpec("Arguments")
 
@@ -27,6 +68,19 @@ class OutageError(Exception):
 
 class NonFiniteLossError(Exception):
     """Training broke down: a loss or a gradient is not finite. Entry points exit with code 1."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an exception is the fault of the machine, its network or a store, not of a file."""
+    if isinstance(error, OutageError | MemoryError):
+        return True
+    if isinstance(error, ABSENT):
+        return False
+    if f"{type(error).__module__}.".startswith(_NETWORK):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in _OF_THE_PATH
+    return isinstance(error, TimeoutError | ConnectionError)
 
 
 def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:

@@ -1,15 +1,22 @@
-"""Files of a run, on a disk or in a bucket (gs://, s3://), which etils.epath opens."""
+"""Files, on a disk or in a bucket (gs://, s3://), which etils.epath opens.
+
+The one place that writes files atomically, renames and locks.
+"""
 
 import contextlib
 import datetime
 import errno
 import fcntl
+import functools
+import itertools
 import json
 import logging
 import os
 import pathlib
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -20,7 +27,7 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 
 from etils import epath
 
-from save_jax.errors import UserError
+from save_jax.errors import NO_SPACE, OutageError, UserError, is_outage
 
 Path = pathlib.Path | epath.Path
 
@@ -28,6 +35,7 @@ LOCK = ".lock"  # in a directory that one process at a time may write to
 # An object store has no locks. Whoever holds a directory there rewrites LOCK every _RENEWED
 # seconds; one that stays the same for _LEASE seconds was left by a process that has died.
 _RENEWED, _LEASE, _SETTLED = 10.0, 45.0, 2.0
+_ATTEMPTS = 100  # to make a directory and its lock, while others remove theirs
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
@@ -36,7 +44,8 @@ def path(where: str | os.PathLike) -> Path:
     """A path that can be read, written and listed, absolute where it is on a disk.
 
     Raises:
-        UserError: the store cannot be reached from here.
+        UserError: the store cannot be reached from here: its name, its package, or who asks.
+        OutageError: the network or the store fails.
     """
     if not is_remote(where):
         return pathlib.Path(where).expanduser().absolute()
@@ -53,11 +62,35 @@ def path(where: str | os.PathLike) -> Path:
             "pip install 'save_jax[remote]'"
         ) from error
     except Exception as error:  # each kind of store has its own for no network, no rights, no name
-        raise UserError(
-            f"{where} cannot be reached ({type(error).__name__}: {error}). Are its name, the "
-            "network and the credentials of this machine right?"
-        ) from error
+        raise _unreachable(where, error) from error
     return found
+
+
+def _unreachable(where: str | os.PathLike, error: Exception) -> UserError | OutageError:
+    said = f"{where} cannot be reached ({type(error).__name__}: {error})."
+    if is_outage(error) and not _is_refusal(error):
+        return OutageError(
+            f"{said} That is the fault of the network or the store: when it answers again, the "
+            "same command goes on."
+        )
+    return UserError(f"{said} Are its name, the network and the credentials of this machine right?")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a store answers, but not to us: asking again would change nothing."""
+    # The status of HTTP, as gcsfs, aiohttp, requests and botocore have it.
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = (getattr(error, name, None) for name in ("code", "status"))
+        status = next((s for s in found if s), getattr(response, "status_code", None))
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)  # too slow, too often
+    # Without credentials there is no request. google.auth says when it may get them later.
+    signs = ("Credential", "RefreshError", "Token", "Profile", "Region")
+    name = type(error).__name__
+    return any(sign in name for sign in signs) and not getattr(error, "retryable", False)
 
 
 def is_remote(where: str | os.PathLike) -> bool:
@@ -65,8 +98,8 @@ def is_remote(where: str | os.PathLike) -> bool:
     return "://" in os.fspath(where)
 
 
-def write(where: Path, text: str | bytes) -> None:
-    """Writes a file that appears under its name only once it is complete, whatever happens.
+def write(where: Path, text: str | bytes, *, fsync: bool = True) -> None:
+    """Writes a file that has its name only once it is complete; `fsync` as in `appearing`.
 
     Raises:
         OSError: the system or the store refuses; a file of that name is as it was.
@@ -75,93 +108,218 @@ def write(where: Path, text: str | bytes) -> None:
     if is_remote(where):
         where.write_bytes(content)
         return
-    temporary = where.with_name(f".{where.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut, a name must not stand for nothing
-        os.replace(temporary, where)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with appearing(where, fsync=fsync) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Keeps every other process from holding a directory meanwhile, and makes it if need be.
+def appearing(where: Path, *, unique: bool = False, fsync: bool = True) -> Iterator[pathlib.Path]:
+    """Gives a path to write to, of what appears as `where` at the end, or not at all.
 
-    On a disk, the lock is the operating system's, on the file `.lock` in the directory: it ends
-    with the process that holds it, however that ends. In a bucket it is a lease that is renewed;
-    one that its holder left behind is taken over after 45 seconds. If nothing was written to a new
-    directory, it is removed again.
+    On a disk it lies beside `where`, whose place it takes. For a bucket it lies in the temporary
+    directory, and is copied there.
+
+    Args:
+        where: a file; on a disk, a directory too.
+        unique: write to another path each time, because several processes may write `where` at
+            once; a process that is killed leaves it behind. Otherwise the next one writes over it.
+        fsync: wait until it is on the disk, so that not even a power cut leaves a name that stands
+            for nothing. False is for what can be made again and is many small files.
+
+    Raises:
+        OSError: the system or the store refuses; what had that name before is as it was.
+    """
+    where = epath.Path(where)
+    remote = is_remote(where)
+    own = f".{uuid.uuid4().hex}" if unique or remote else ""
+    folder = pathlib.Path(tempfile.gettempdir()) if remote else pathlib.Path(where).parent
+    temporary = folder / f".{where.name}{own}.tmp"
+    renamed = False
+    try:
+        yield temporary
+        if remote:
+            epath.Path(temporary).copy(where, overwrite=True)
+            return
+        if fsync:
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+        if temporary.is_dir() and where.is_dir():  # which only an empty one may be renamed to
+            shutil.rmtree(where)
+        os.replace(temporary, where)
+        renamed = True
+        if fsync:
+            _sync_folder_of(where)
+    finally:
+        if not renamed:  # else what has that name now is another process's
+            with contextlib.suppress(OSError):
+                if temporary.is_dir():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                else:
+                    temporary.unlink(missing_ok=True)
+
+
+def rename(directory: Path, name: Path) -> None:
+    """Gives a directory on a disk, whose files are complete, the name that says so.
+
+    Raises:
+        OSError: the system refuses, as it does where there is a directory of that name.
+    """
+    os.rename(directory, name)
+    _sync_folder_of(name)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder_of(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system does that
+        _sync(pathlib.Path(path).parent)
+
+
+def lock(path: Path, *, wait: bool = False) -> int | None:
+    """Locks a file on a disk, which is made if need be, against every other process.
+
+    The lock is the operating system's: it ends when the descriptor is closed, here and in every
+    child process that has inherited it, or with these processes, however they end. Where the file
+    system has no locks, a warning is printed, and nothing is kept off.
+
+    Args:
+        path: the file; whoever holds its lock may remove it.
+        wait: wait for another process that has the lock.
+
+    Returns:
+        A descriptor, which child processes do not inherit by themselves; None when another process
+        has the lock, without `wait`.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        locked = False
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                _warn_of_no_locks(os.fspath(path))
+            # Who held it before may have removed the file in between: then this lock is on nothing.
+            locked = _is_there(path, descriptor)
+            if locked:
+                return descriptor
+        finally:
+            if not locked:
+                os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_no_locks(path: str) -> None:
+    print(
+        f"warning: {path}: this file system has no locks; nothing keeps a second process from "
+        "writing there at the same time",
+        file=sys.stderr,
+    )
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Whether a path still names the file that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def hold(directory: Path, *, beside: Path | None = None, wait: bool = False) -> Iterator[None]:
+    """Keeps every other process from holding a directory meanwhile.
+
+    On a disk, the lock is the operating system's (see `lock`), on a file that says who holds it: it
+    ends with the process that holds it, however that ends. In a bucket it is a lease that is
+    renewed, against processes of other machines too; it takes 2 seconds to get, and one that its
+    holder left behind is taken over after 45 seconds.
+
+    Args:
+        directory: the directory, which is made on a disk, and removed again if it stays empty.
+        beside: where the lock is, of a directory that may not be made yet; by default `.lock` in
+            it.
+        wait: wait for another process that holds it, instead of raising.
 
     Raises:
         UserError: another process holds it, and the message says which; or it cannot be written to.
+        OutageError: the disk, the network or the store fails.
     """
     holder = (
         f"process {os.getpid()} on {socket.gethostname()}, since "
         f"{datetime.datetime.now().isoformat(' ', 'seconds')}"
     )
-    with (_lease if is_remote(directory) else _lock)(directory, holder):
+    path = beside if beside is not None else directory / LOCK
+    with (_lease if is_remote(path) else _lock)(directory, path, holder, wait):
         yield
 
 
-def _held(directory: Path, holder: str) -> UserError:
+def _held(directory: Path, path: Path, holder: object) -> UserError:
     return UserError(
-        f"{directory} is in use by {holder or 'another process'} ({directory / LOCK}). Wait until "
-        "it has ended, or stop it, and run the same command again; or use another directory."
+        f"{directory} is in use by {holder or 'another process'} ({path}). Wait until it has "
+        "ended, or stop it, and run the same command again; or use another directory."
     )
 
 
 @contextlib.contextmanager
-def _lock(directory: pathlib.Path, holder: str) -> Iterator[None]:
-    path = directory / LOCK
-    while True:
+def _lock(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[None]:
+    descriptor = _locked(directory, path, wait)
+    try:
+        with contextlib.suppress(OSError):  # a full disk; the lock holds nonetheless
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, holder.encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_there(path, descriptor):  # else it is another's
+                os.unlink(path)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(path.parent)
+
+
+def _locked(directory: Path, path: Path, wait: bool) -> int:
+    """The descriptor of a directory's lock."""
+    for left in itertools.count(_ATTEMPTS, -1):
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, closed below
-        except FileNotFoundError:  # who held it before has just removed the empty directory
-            continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = lock(path)
+            if descriptor is None:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    found = file.read() or "another process"
+                if not wait:
+                    raise _held(directory, path, found)
+                print(f"waiting for {found}, which holds {directory}", flush=True)
+                descriptor = lock(path, wait=True)
+            return descriptor
         except OSError as error:
+            # Who held it before may just have removed it, and the empty directory.
+            if isinstance(error, FileNotFoundError) and left > 1:
+                continue
+            if is_outage(error) and error.errno not in NO_SPACE:
+                raise OutageError(
+                    f"{directory} cannot be locked: {error}. When the disk works again, the same "
+                    "command goes on."
+                ) from error
             raise UserError(
                 f"{directory}: expected a directory to write to, found: {error}. Choose another."
             ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                raise _held(directory, file.read()) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                file.close()
-                raise
-            print(
-                f"warning: {directory}: this file system has no locks; nothing keeps a second run "
-                "from writing there",
-                file=sys.stderr,
-            )
-        # Who held it before may have removed the file in between: then this lock is on nothing.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                break
-        file.close()
-    with file:
-        file.truncate(0)
-        file.write(holder)
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty
-                directory.rmdir()
 
 
 @contextlib.contextmanager
-def _lease(directory: epath.Path, holder: str) -> Iterator[None]:
-    path, mine = directory / LOCK, uuid.uuid4().hex
+def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[None]:
+    mine = uuid.uuid4().hex
 
     def read() -> dict[str, str | int]:
         try:
@@ -174,24 +332,36 @@ def _lease(directory: epath.Path, holder: str) -> Iterator[None]:
     def renew(beat: int) -> None:
         write(path, json.dumps({"id": mine, "holder": holder, "beat": beat}))
 
-    found = read()
-    if found:
-        print(
-            f"{directory} is in use by {found.get('holder')}: waiting up to {_LEASE:.0f} s for it "
-            "to end",
-            flush=True,
-        )
+    def take() -> bool:
+        """Whether it is ours now; False when another process has it that is alive."""
+        nonlocal found
+        found = read()
+        if found:
+            print(
+                f"{directory} is in use by {found.get('holder')}: waiting "
+                + ("for it to end" if wait else f"up to {_LEASE:.0f} s for it to end"),
+                flush=True,
+            )
         began = changed = time.monotonic()  # a holder that is ending may still renew it for a while
         while found and time.monotonic() - changed < _LEASE:
             time.sleep(_RENEWED / 4)
             if (now := read()) != found:
                 found, changed = now, time.monotonic()
-            if found and changed > began and time.monotonic() - began > _LEASE:
-                raise _held(directory, str(found.get("holder")))
-    renew(0)
-    time.sleep(_SETTLED)  # of two that begin at once, the last to write has it
-    if (now := read()).get("id") != mine:
-        raise _held(directory, str(now.get("holder")))
+            if found and not wait and changed > began and time.monotonic() - began > _LEASE:
+                return False
+        renew(0)
+        time.sleep(_SETTLED)  # of two that begin at once, the last to write has it
+        found = read()
+        return found.get("id") == mine
+
+    found: dict[str, str | int] = {}
+    try:
+        while not (taken := take()) and wait:
+            pass
+    except Exception as error:  # each kind of store has its own
+        raise _unreachable(path, error) from error
+    if not taken:
+        raise _held(directory, path, found.get("holder"))
     ended = threading.Event()
 
     def keep() -> None:
@@ -205,14 +375,18 @@ def _lease(directory: epath.Path, holder: str) -> Iterator[None]:
                 renew(beat)
             except Exception as error:  # the network comes back, or the run's own writes fail too
                 print(f"warning: {path} cannot be renewed: {error}", file=sys.stderr)
-        # Anything that this process still wrote could destroy the other's work.
         print(
-            f"error: {directory} was taken over by {other.get('holder')}, because this process "
-            "could not renew its lease there. Stopped.",
+            f"interrupted: {directory} was taken over by {other.get('holder')}, because this "
+            "process could not renew its lease there. Stopped; once that has ended, the same "
+            "command goes on.",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        # At once: what this process still wrote could destroy the other's work. The code says "can
+        # be resumed", as nothing is wrong with the command (2) or the run (1). Started again, it
+        # does no harm: it waits here for up to _LEASE seconds, and is refused with 2 if the other
+        # is still at work, or finishes that work if the other has died.
+        os._exit(os.EX_TEMPFAIL)
 
     keeper = threading.Thread(target=keep, name="lease", daemon=True)
     keeper.start()

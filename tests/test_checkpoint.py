@@ -11,7 +11,7 @@ import pytest
 
 from save_jax import checkpoint, train
 from save_jax.errors import OutageError, UserError
-from tests.support import synthetic
+from tests.support import object_store, synthetic
 from tests.support.training import RATES, mesh_of, program
 
 
@@ -63,6 +63,23 @@ def test_an_incomplete_write_is_not_a_checkpoint(workdir, tmp_path):
     (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(tmp_path)
+
+
+def test_an_incomplete_write_to_a_bucket_is_not_a_checkpoint(monkeypatch):
+    """There it has its name from the beginning, and at the end a file that says it is complete."""
+    store, run = object_store.register(), "gs://bucket/run"
+    object_store.glob_without_protocol(monkeypatch)
+    store.pipe(f"{run}/checkpoints/9/default/d", b"")
+    assert not checkpoint.is_ours(run) and not checkpoint.is_ours(f"{run}/checkpoints/9")
+    for path in (run, f"{run}/checkpoints", f"{run}/checkpoints/9"):
+        with pytest.raises(UserError, match=r"no complete .*checkpoints/9 lacks commit_success"):
+            checkpoint.find(path)
+    for step in (3, 7):
+        store.pipe(f"{run}/checkpoints/{step}/default/d", b"")
+        store.pipe(f"{run}/checkpoints/{step}/commit_success.txt", b"")
+    assert checkpoint.is_ours(run) and checkpoint.is_ours(f"{run}/checkpoints/3")
+    assert str(checkpoint.find(run)) == f"{run}/checkpoints/7"
+    assert str(checkpoint.find(f"{run}/checkpoints/3")) == f"{run}/checkpoints/3"
 
 
 @pytest.mark.parametrize(

@@ -354,13 +354,10 @@ def test_the_run_that_a_checkpoint_belongs_to(root, named, tmp_path, monkeypatch
         (tmp_path / "run/checkpoints/20/default").mkdir(parents=True)
         (tmp_path / "run/config.json").write_text('{"seed": 1}')
     else:
-        store, glob = object_store.register(), object_store.ObjectStore.glob
-
-        def without_protocol(*arguments, **options):  # as real stores name what they find
-            return [name.removeprefix("gs://") for name in glob(*arguments, **options)]
-
-        monkeypatch.setattr(object_store.ObjectStore, "glob", without_protocol)
+        store = object_store.register()
+        object_store.glob_without_protocol(monkeypatch)
         store.pipe("gs://bucket/run/checkpoints/20/default/d", b"")
+        store.pipe("gs://bucket/run/checkpoints/20/commit_success.txt", b"")
         store.pipe("gs://bucket/run/config.json", b'{"seed": 1}')
     found = recognise.recorded_config(f"{root}/{named}")
     assert found == (f"{root}/run/config.json", {"seed": 1})

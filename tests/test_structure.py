@@ -17,7 +17,6 @@ ALWAYS = {
 }
 INSIDE = {
     "save_jax/data.py": ("data_pipelines",),
-    "save_jax/cache/__main__.py": ("data_pipelines.storage.lock",),
     "data_pipelines/sidecars.py": ("save_jax.models.imagebind", "save_jax.weights.names.imagebind"),
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "av", "transformers")
@@ -81,6 +80,51 @@ def entries(folder: str) -> list[str]:
     """What one sees of a folder, but for what every folder has."""
     plain = ("__init__.py", "__pycache__", "README.md")
     return sorted(path.name for path in (ROOT / folder).iterdir() if path.name not in plain)
+
+
+# Writing atomically, renaming and locking are `save_jax.files`'s alone: each has its pitfalls.
+FILES_ALONE = "save_jax/files.py"
+ALONE = ("os.replace", "os.rename", "os.renames", "os.fsync", "shutil.move", "tempfile.mkstemp")
+ALONE += ("tempfile.NamedTemporaryFile",)
+
+
+def own_ways(path: str, source: str) -> list[str]:
+    """What a file does itself that only FILES_ALONE should do."""
+    found = [name for name, _ in imports(source) if name.split(".")[0] == "fcntl" or name in ALONE]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ALONE:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, one = node.func.attr, len(node.args) == 1 and not node.keywords
+            module = isinstance(node.func.value, ast.Name) and node.func.value.id in ("os", "files")
+            if name in ("rename", "replace") and one and not module:  # of a path; str's takes two
+                found.append(f"{ast.unparse(node.func)} of a path")
+    return [f"{path} has {name}" for name in found if path != FILES_ALONE]
+
+
+def test_files_are_replaced_and_locked_in_one_place():
+    found = [line for path in FILES for line in own_ways(path, (ROOT / path).read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.replace(a, b)",
+        "import os\nmove = os.rename",
+        "from os import replace",
+        "import fcntl",
+        "from fcntl import flock",
+        "import tempfile\ntempfile.mkstemp()",
+        "from tempfile import NamedTemporaryFile",
+        "path.with_suffix('.tmp').rename(path)",
+        "partial.replace(path)",
+    ],
+)
+def test_that_rule_can_be_broken(source):
+    assert own_ways("launch/new.py", source)
+    assert not own_ways(FILES_ALONE, source)
+    assert not own_ways("launch/new.py", "name.replace('a', 'b'); dataclasses.replace(x, y=1)")
 
 
 def test_only_what_may_be_imported_is():

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data_pipelines.demo_corpus import scenes, sounds, speech, teacher
 from data_pipelines.demo_corpus.plan import PlannedClip, clip_rng, plan
+from save_jax import files
 from save_jax.errors import UserError
 
 # Raised whenever the generator would make other files from the same seed.
@@ -47,7 +48,7 @@ _ATTRIBUTE_COLUMNS = (
 )
 _OTHER_PLACE = "Give another directory, or remove this one to make the corpus anew."
 # What an interruption may leave before there is a manifest.
-_EMPTY_ROOT = {f"{MANIFEST}.tmp"}
+_EMPTY_ROOT = {f".{MANIFEST}.tmp"}
 _SECONDS = (3.0, 4.0)  # shortest and longest clip
 _LEVEL = 0.1  # root mean square of speech, or of a sound alone; full scale is 1
 _SPEECH_OVER_SOUND_DB = (5.0, 11.0)  # how much louder speech is than the sound behind it
@@ -201,13 +202,14 @@ def _render(root: Path, seed: int, clip: PlannedClip) -> None:
     ):
         buffer = io.BytesIO()
         np.save(buffer, vector)
-        _write(root / folder / f"{clip.video_id}.npy", buffer.getvalue())
+        # Thousands of small files, and one that a power cut left empty counts as absent.
+        _write(root / folder / f"{clip.video_id}.npy", buffer.getvalue(), fsync=False)
     rng = clip_rng(seed, clip, purpose=1)
     num_frames, wave = _audio(rng, clip)
     frames = scenes.draw(rng, clip.shape, clip.colour, clip.motion, num_frames)
     buffer = io.BytesIO()
     _encode(buffer, frames, wave)
-    _write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue())
+    _write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue(), fsync=False)
 
 
 def _audio(rng: np.random.Generator, clip: PlannedClip) -> tuple[int, np.ndarray | None]:
@@ -306,8 +308,6 @@ def _write_csv(path: Path, columns: Sequence[str], rows: list[tuple]) -> None:
     _write(path, text.getvalue())
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Writes a file under another name first, so that its own name means it is complete."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    partial.replace(path)
+def _write(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
+    """Writes a file that has its name only once it is complete."""
+    files.write(path, content, fsync=fsync)

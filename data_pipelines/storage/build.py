@@ -20,6 +20,7 @@ from data_pipelines.recipe import Recipe
 from data_pipelines.sidecars import Sources
 from data_pipelines.storage import shards, tfds_format
 from data_pipelines.storage.shards import Note, Shard
+from save_jax import files
 from save_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def build(
     }
     _describe(work, directory.name, dataset, variant, recipe, found, by_split, problems)
     if work != directory:
-        os.rename(work, directory)
+        files.rename(work, directory)
     prepared.clean_up(directory)
     if problems:
         _log.warning(

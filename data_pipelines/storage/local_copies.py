@@ -1,7 +1,6 @@
 """Local copies of remote files, for readers that know local files only."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -12,12 +11,14 @@ import fsspec
 import tqdm
 
 from data_pipelines import outages
+from save_jax import files
 from save_jax.errors import UserError
 
 # The folder to keep copies in, of whatever data set; it may be emptied at any time.
 DIRECTORY_VARIABLE = "SAVE_JAX_CACHE"
 
 _CHUNK = 8 * 2**20
+_DIGITS = 24  # of a version, in the name of its copy
 
 
 def local_copies(paths: Sequence[str]) -> list[str]:
@@ -65,49 +66,46 @@ def local_copies(paths: Sequence[str]) -> list[str]:
 def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
     copies, absent = [], []
     for path in paths:
-        files, name = fsspec.core.url_to_fs(path)
+        store, name = fsspec.core.url_to_fs(path)
         # What the store says of a file changes when the file does: its time, its checksum.
         with outages.reaching(path):
-            key = files.ukey(name)
-        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:24]
+            key = store.ukey(name)
+        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:_DIGITS]
         copy = directory / f"{version}-{name.rpartition('/')[2]}"
         copies.append(os.fspath(copy))
         if not copy.exists():
-            absent.append((files, name, path, copy))
+            absent.append((store, name, path, copy))
     if absent:
+        version = "[0-9a-f]" * _DIGITS
+        for left in directory.glob(f".{version}-*.tmp"):  # by processes that were killed
+            left.unlink(missing_ok=True)
         with outages.reaching(paths[0]):
-            total = sum(files.size(name) for files, name, *_ in absent)
+            total = sum(store.size(name) for store, name, *_ in absent)
         with tqdm.tqdm(
             desc=f"copying {paths[0].rpartition('/')[0]} to {directory}",
             total=total,
             unit="B",
             unit_scale=True,
         ) as progress:
-            for files, name, path, copy in absent:
-                _copy(files, name, path, copy, progress)
+            for store, name, path, copy in absent:
+                _copy(store, name, path, copy, progress)
     return copies
 
 
 def _copy(
-    files: fsspec.AbstractFileSystem,
+    store: fsspec.AbstractFileSystem,
     name: str,
     path: str,
     copy: pathlib.Path,
     progress: tqdm.tqdm,
 ) -> None:
     """Copies a file, which has its name only once it is complete."""
-    partial = copy.with_name(f"{copy.name}.partial")
-    try:
-        with outages.reaching(path):
-            source = files.open(name, "rb")
-        with source, partial.open("wb") as target:
-            while chunk := _read(source, path):
-                progress.update(target.write(chunk))
-            target.flush()
-            os.fsync(target.fileno())  # after a power cut, a name must not stand for nothing
-        partial.replace(copy)
-    finally:
-        partial.unlink(missing_ok=True)
+    with outages.reaching(path):
+        source = store.open(name, "rb")
+    # Where the lock of the folder holds nobody off, two processes may copy the same file.
+    with source, files.appearing(copy, unique=True) as partial, partial.open("wb") as target:
+        while chunk := _read(source, path):
+            progress.update(target.write(chunk))
 
 
 def _read(source: BinaryIO, path: str) -> bytes:
@@ -117,6 +115,8 @@ def _read(source: BinaryIO, path: str) -> bytes:
 
 @contextlib.contextmanager
 def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process, however that ends
+    descriptor = files.lock(path, wait=True)
+    try:
         yield
+    finally:
+        os.close(descriptor)

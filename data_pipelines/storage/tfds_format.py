@@ -10,8 +10,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,12 +21,11 @@ from tensorflow_datasets.core import dataset_info, example_serializer
 
 from data_pipelines import outages
 from data_pipelines.recipe import Recipe
+from save_jax import files
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
 _FILE_FORMAT = "array_record"
-# What is being written has this in its name until it is complete.
-_PARTIAL = ".partial-"
 
 
 class SplitSize(NamedTuple):
@@ -242,21 +239,8 @@ def _serializer(recipe: Recipe) -> example_serializer.ExampleSerializer:
 @contextlib.contextmanager
 def _partial_file(path: str) -> Iterator[str]:
     """Gives the name of a file on this machine to write, which becomes `path` at the end."""
-    # A name of its own for each attempt: Beam may have two workers at one shard.
-    name = f"{os.path.basename(path)}{_PARTIAL}{uuid.uuid4().hex}"
     here = outages.temporary if is_remote(path) else contextlib.nullcontext
-    with here():
-        folder = tempfile.gettempdir() if is_remote(path) else os.path.dirname(path)
-    partial = os.path.join(folder, name)
-    try:
-        with here():
-            yield partial
-        if is_remote(path):
-            epath.Path(partial).copy(path, overwrite=True)
-        else:
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())  # after a power cut, a name must not stand for nothing
-            os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+    with contextlib.ExitStack() as stack, here():
+        # A name of its own for each attempt: Beam may have two workers at one shard.
+        partial = stack.enter_context(files.appearing(epath.Path(path), unique=True))
+        yield os.fspath(partial)

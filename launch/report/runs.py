@@ -1,8 +1,8 @@
 """What a run's directory says about it: its config, its last evaluation, how far it has come."""
 
-import fcntl
 import json
 import os
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -138,13 +138,7 @@ def lock(workdir: epath.PathLike) -> int | None:
 
     A child process that inherits the descriptor keeps the lock, even when its parent dies.
     """
-    descriptor = os.open(epath.Path(workdir) / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return files.lock(pathlib.Path(workdir) / LOCK_FILE)
 
 
 def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:
@@ -224,7 +218,13 @@ def _total_steps(config: dict[str, Any], last: dict[str, Any]) -> int:
 
 def _checkpoint_kept(workdir: epath.Path, step: int) -> bool:
     folder = workdir / "checkpoints"
-    return not folder.exists() or (folder / str(step)).exists()
+    if not folder.exists():
+        return True
+    if not files.is_remote(folder):
+        return (folder / str(step)).exists()
+    from save_jax import checkpoint  # with JAX and orbax, which take seconds to import
+
+    return (folder / str(step)).exists() and checkpoint.is_complete(folder / str(step))
 
 
 def _unfinished(workdir: epath.Path, problems: list[str]) -> str:

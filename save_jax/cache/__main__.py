@@ -12,7 +12,6 @@ import sys
 
 import jax
 from absl import flags, logging
-from etils import epath
 
 from save_jax import cli, distributed, files
 from save_jax.cache.build import SHOWN_PARTS, run
@@ -52,9 +51,7 @@ def _alone(out: str) -> contextlib.AbstractContextManager:
     """Keeps other commands from writing the same cache meanwhile."""
     if jax.process_index():
         return contextlib.nullcontext()
-    from data_pipelines.storage import lock
-
-    return lock.hold(epath.Path(out), wait=False)
+    return files.hold(pathlib.Path(out))
 
 
 @exit_codes

@@ -7,9 +7,7 @@ python -m save_jax.weights export DIR --format=save-pytorch|safetensors --out=FI
 import argparse
 import contextlib
 import json
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +15,7 @@ import jax
 from flax import nnx
 
 from configs import base
-from save_jax import checkpoint, parameters, recorded
+from save_jax import checkpoint, files, parameters, recorded
 from save_jax import config as configuration
 from save_jax.errors import UserError, exit_codes
 from save_jax.models import ast, clip
@@ -75,22 +73,14 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _appearing_at_once(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `out` to write to, renamed to it when all is written and removed if not."""
+    """A path to write to, of what appears as `out`, in a folder that is made if need be."""
     out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
+        with files.appearing(out, unique=True) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def _check_free(out: pathlib.Path, overwrite: bool) -> None:

@@ -1,19 +1,26 @@
 """Sources and prepared data in an object store: the same records as here."""
 
-import os
+import threading
 
 import pytest
 from etils import epath
 
 from data_pipelines.prepare import main
 from data_pipelines.storage import build, shards
+from save_jax import files
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import object_store, preparing
 
 WHERE = "msrvtt/9k/1.0.0"
-# Only one process of this machine prepares a directory, and other tests may run beside these.
-OUT = f"gs://bucket-{os.getpid()}/out"
+OUT = "gs://bucket/out"
+
+
+@pytest.fixture(autouse=True)
+def quick_lease(monkeypatch):
+    monkeypatch.setattr(files, "_RENEWED", 0.1)
+    monkeypatch.setattr(files, "_LEASE", 1.0)
+    monkeypatch.setattr(files, "_SETTLED", 0.1)
 
 
 @pytest.fixture
@@ -44,6 +51,40 @@ def test_a_remote_root_and_out(store, local, capsys):
     assert {path.split("/9k/")[1].split("/")[0] for path in store.find(OUT)} == {"1.0.0"}
     preparing.run("gs://bucket/root", OUT)
     assert "Already prepared" in capsys.readouterr().out
+
+
+@pytest.fixture
+def other_machine(store):
+    """Prepares the same meanwhile: ends that with a call."""
+    lock, ended = epath.Path(f"{OUT}/{WHERE}.lock"), threading.Event()
+
+    def work() -> None:
+        for beat in range(1000):
+            files.write(lock, f'{{"id": "x", "holder": "process 7 on pod-1", "beat": {beat}}}')
+            if ended.wait(0.1):
+                break
+        lock.unlink()
+
+    working = threading.Thread(target=work)
+    working.start()
+
+    def end() -> None:
+        ended.set()
+        working.join()
+
+    yield end
+    end()
+
+
+def test_of_two_machines_one_prepares_into_a_bucket(store, other_machine):
+    with pytest.raises(UserError, match=r"1\.0\.0 is in use by process 7 on pod-1 .*same command"):
+        preparing.run("gs://bucket/root", OUT)
+    assert [path.rpartition("/")[2] for path in store.find(OUT)] == ["1.0.0.lock"]
+
+
+def test_one_machine_may_wait_for_another(other_machine, local):
+    threading.Timer(2, other_machine).start()
+    assert contents(preparing.run("gs://bucket/root", OUT, wait=True)) == local
 
 
 def test_an_interrupted_one_goes_on(store, local, monkeypatch):

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -18,6 +19,18 @@ class ObjectStore(MemoryFileSystem):
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Leaves nothing behind."""
+
+
+def glob_without_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names what `Path.glob` finds as real stores do."""
+    glob = ObjectStore.glob
+    monkeypatch.setattr(
+        ObjectStore,
+        "glob",
+        lambda *arguments, **options: [
+            name.removeprefix("gs://") for name in glob(*arguments, **options)
+        ],
+    )
 
 
 def register() -> fsspec.AbstractFileSystem:

@@ -90,7 +90,7 @@ def test_two_runs_write_the_same_bytes_whatever_the_number_of_workers(root, tmp_
 def test_an_interrupted_corpus_is_completed(root, copy):
     videos, vectors = copy / "VideoData", copy / "FeatureData" / "ImageBind" / "AudioFeature"
     (videos / "train_0003.mp4").unlink()
-    (videos / "train_0004.mp4").rename(videos / "train_0004.mp4.tmp")
+    (videos / "train_0004.mp4").rename(videos / ".train_0004.mp4.tmp")
     (videos / "test_0001.mp4").write_bytes(b"")
     (vectors / "test_0002.npy").unlink()
     (copy / "captions.csv").unlink()

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import io
 import json
 import os
@@ -107,6 +109,25 @@ def test_one_process_copies_and_the_others_wait(bucket, tmp_path):
         other.kill()  # a process that dies lets the next one go on
         waiting.join(10)
         assert _content(*found) == b"content"
+
+
+def test_where_no_lock_can_be_had_it_is_copied_nonetheless(bucket, monkeypatch, capsys):
+    def without(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    assert _content(*local_copies([_pipe(bucket, "gs://copied/a", b"content")])) == b"content"
+    assert "copies/lock: this file system has no locks" in capsys.readouterr().err
+
+
+def test_what_a_killed_process_left_is_removed(bucket, tmp_path):
+    path = _pipe(bucket, "gs://copied/a", b"content")
+    (copy,) = map(pathlib.Path, local_copies([path]))
+    left = copy.with_name(f".{copy.name}.0123.tmp")
+    copy.rename(left)
+    (tmp_path / "copies" / ".mine.tmp").touch()  # is not ours
+    assert local_copies([path]) == [str(copy)] and not left.exists()
+    assert (tmp_path / "copies" / ".mine.tmp").exists()
 
 
 def test_training_reads_a_remote_directory(bucket, prepared):

@@ -13,10 +13,12 @@ import time
 import pytest
 from array_record.python import array_record_module
 
+from data_pipelines import prepared
 from data_pipelines.modalities import record as records
 from data_pipelines.prepare import main
 from data_pipelines.recipe import version_directory
-from data_pipelines.storage import build, lock, shards, tfds_format
+from data_pipelines.storage import build, shards, tfds_format
+from save_jax import files
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import preparing
@@ -143,7 +145,7 @@ def test_a_full_disk(miniature, tmp_path, whole, monkeypatch, name, failing, don
             preparing.run(str(miniature), str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     names = os.listdir(tmp_path / f"{WHERE}.incomplete")
-    assert len(names) == done and not any("partial" in name for name in names)
+    assert len(names) == done and not any(name.endswith(".tmp") for name in names)
     preparing.run(str(miniature), str(tmp_path))
     assert contents(tmp_path) == whole
 
@@ -216,7 +218,7 @@ def test_no_worker_outlives_the_end(miniature, tmp_path, send, number, code):
 
 def test_two_at_once(miniature, tmp_path, whole):
     directory = version_directory(str(tmp_path), "msrvtt", "9k", 1)
-    with lock.hold(directory, wait=False):
+    with files.hold(directory, beside=prepared.lock_path(directory)):
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .*same command again"):
             preparing.run(str(miniature), str(tmp_path))
         # A process that is ready to wait for another: for one that ends without having done it.
@@ -237,14 +239,14 @@ def test_two_at_once(miniature, tmp_path, whole):
 
 def test_one_that_waited_uses_what_the_other_has_prepared(miniature, tmp_path, monkeypatch, capsys):
     """The lock is held for as long as the other prepares; then there is nothing to do."""
-    hold = lock.hold
+    hold = files.hold
 
-    def slow(directory, *, wait):
-        monkeypatch.setattr(lock, "hold", hold)
+    def slow(directory, **options):
+        monkeypatch.setattr(files, "hold", hold)
         preparing.run(str(miniature), str(tmp_path))  # the other process
-        return hold(directory, wait=wait)
+        return hold(directory, **options)
 
-    monkeypatch.setattr(lock, "hold", slow)
+    monkeypatch.setattr(files, "hold", slow)
     preparing.run(str(miniature), str(tmp_path), wait=True)
     assert capsys.readouterr().out.count("Already prepared") == 1
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch.report import runs
 from save_jax.errors import UserError
-from tests.support import stand_in
+from tests.support import object_store, stand_in
 
 
 @pytest.fixture
@@ -34,6 +34,15 @@ def test_an_evaluation_without_its_checkpoint_is_not_complete(run):
     assert state(run) == "running"
     shutil.rmtree(run / "checkpoints")  # all removed to save space
     assert state(run) == "complete"
+
+
+def test_a_checkpoint_that_is_not_all_in_its_bucket_does_not_count(run):
+    store = object_store.register()
+    store.put(str(run), "gs://bucket/run", recursive=True)
+    store.pipe("gs://bucket/run/checkpoints/5/default/d", b"")
+    assert state("gs://bucket/run") != "complete"
+    store.pipe("gs://bucket/run/checkpoints/5/commit_success.txt", b"")
+    assert state("gs://bucket/run") == "complete"
 
 
 def test_the_schedule_in_epochs(run):

@@ -1,5 +1,7 @@
 """Sweeps on this machine: what runs, when, where, and what a signal or a failure does."""
 
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -122,6 +124,18 @@ def test_the_lock_outlives_a_sweep_that_is_killed(tmp_path):
     assert runs.lock(tmp_path) is None
     child.communicate(b"\n")
     os.close(runs.lock(tmp_path))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_sweep_runs_where_the_file_system_has_no_locks(
+    tmp_path, write_config, monkeypatch, capsys
+):
+    def without(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    assert run(write_config('yield {"seed": 1}'), tmp_path / "sweep") == 0
+    assert "launch.lock: this file system has no locks" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_commands_and_starts_nothing(tmp_path, write_config, capsys):
