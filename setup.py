@@ -29,7 +29,11 @@ DATA = [
     "etils[epath]>=1.13,<2",  # paths that may be gs:// or s3://, by fsspec
     "fsspec>=2025",
     "transformers>=5,<6",  # tokenizer and mel filters
-    "openai-clip>=1.0.1,<2",  # CLIP's byte-pair vocabulary; its code is not imported
+    # For CLIP's byte-pair vocabulary alone, checked by SHA-256; its code, which imports PyTorch, is
+    # not imported. Not OpenAI's upload, last one 2022, brings ftfy, regex and tqdm and no PyTorch;
+    # the kept-up packages with that file (open_clip_torch) require PyTorch. Not needed where
+    # data.tokenizer is a directory of a CLIPTokenizer.
+    "openai-clip==1.0.1",
     "ftfy>=6.1,<7",  # CLIP cleans text with it
 ]
 WEIGHTS = [
