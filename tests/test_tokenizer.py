@@ -1,3 +1,5 @@
+import gzip
+import pathlib
 import sys
 
 import numpy as np
@@ -114,7 +116,28 @@ def test_another_vocabulary_is_refused(tmp_path):
         clip_tokenizer.Tokenizer(str(tmp_path))
 
 
-def test_without_the_vocabulary_file(monkeypatch):
-    monkeypatch.setattr(clip_tokenizer.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="openai-clip"):
+def test_without_the_package_of_the_vocabulary(tokenizer, tmp_path, monkeypatch):
+    clip_tokenizer._from_vocabulary_file(clip_tokenizer._packaged()).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "clip", None)  # as if openai-clip were not installed
+    with pytest.raises(UserError, match=r"openai-clip==1\.0\.1.*data\.tokenizer"):
         clip_tokenizer.Tokenizer()
+    np.testing.assert_array_equal(
+        clip_tokenizer.Tokenizer(str(tmp_path))(list(PUBLISHED), 12),
+        tokenizer(list(PUBLISHED), 12),
+    )
+
+
+def test_a_vocabulary_file_that_is_not_openais_is_refused(tmp_path, monkeypatch):
+    whole = pathlib.Path(clip_tokenizer._packaged()).read_bytes()
+    changed = gzip.compress(gzip.decompress(whole).replace(b"\nt h\n", b"\nh t\n", 1))
+    package = tmp_path / "clip"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for content in (whole[:-1000], changed, b""):
+        (package / clip_tokenizer._VOCABULARY_FILE).write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"found [\d,]+ bytes with SHA-256.*--no-deps"
+        ) as caught:
+            clip_tokenizer.Tokenizer()
+        assert str(package / clip_tokenizer._VOCABULARY_FILE) in str(caught.value)

@@ -174,6 +174,23 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_disk_that_fills_up_ends_in_one_message(tmp_path):
+    checkpoint.write_parameters(tmp_path / "run", ours_at_random())
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "save_jax.weights", "export", str(tmp_path / "run")]
+    command += ["--format=safetensors", f"--out={tmp_path / 'file'}"]
+    result = subprocess.run(
+        ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", *command],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"cannot write {tmp_path / 'file'}: " in result.stderr
+    assert "File too large" in result.stderr and "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_mistakes_end_in_one_message(tmp_path):
     for arguments in (
         ["import", "/no/such/file", f"--out={tmp_path / 'a'}"],

@@ -587,7 +587,7 @@ def test_safetensors_and_our_checkpoints_need_no_torch(tmp_path):
     torch.save({}, tmp_path / "d")
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "sys.modules['safetensors'] = sys.modules['huggingface_hub'] = None\n"
+        "sys.modules['huggingface_hub'] = None\n"
         "from save_jax.weights.loading import read\n"
         "from save_jax.errors import UserError\n"
         "for name in 'abc': print(len(read(name, trust_archive=True).parameters))\n"
@@ -613,8 +613,15 @@ def test_our_safetensors_are_everyones(tmp_path):
     import safetensors.torch
 
     rng = np.random.default_rng(0)
-    arrays = {"b.c": rng.normal(size=(3, 4)).astype(np.float32), "a": np.float32(2) * np.ones(())}
+    arrays = {
+        "b.c": rng.normal(size=(3, 4)).astype(np.float32),
+        "a": np.full((), 2, np.float32),
+        "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    }
     safetensors_file.write(tmp_path / "ours", arrays)
+    (tmp_path / "plain").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("ours", "plain")}
+    assert len(modes) == 1, "the file is readable by others as any other file is"
     theirs = safetensors.numpy.load_file(tmp_path / "ours")
     assert theirs.keys() == arrays.keys()
     for name, value in arrays.items():
@@ -626,6 +633,30 @@ def test_our_safetensors_are_everyones(tmp_path):
     ours = safetensors_file.read(tmp_path / "theirs")
     for name, value in state.items():
         np.testing.assert_array_equal(np.asarray(ours[name], np.float32), value.float().numpy())
+        assert (ours[name].shape, ours[name].dtype) == (value.shape, np.asarray(ours[name]).dtype)
+
+
+def test_floats_that_numpy_lacks_are_refused(tmp_path):
+    import safetensors.torch
+
+    safetensors.torch.save_file({"x": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a")
+    refused(tmp_path / "a", r"a holds x as F8_E4M3: expected one of F64, .*; convert it")
+
+
+def test_what_was_read_of_a_large_file_does_not_stay_in_memory(tmp_path):
+    def resident() -> int:  # bytes
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    arrays = {str(n): np.full(2**22, n, np.float32) for n in range(8)}
+    size = sum(array.nbytes for array in arrays.values())
+    safetensors_file.write(tmp_path / "a", arrays)
+    del arrays
+    tensors = safetensors_file.read(tmp_path / "a")
+    before = resident()
+    for name, tensor in tensors.items():
+        assert np.asarray(tensor).sum() == int(name) * 2**22
+    assert resident() - before < size / 2
 
 
 def test_every_table_goes_both_ways():
