@@ -14,13 +14,15 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Most of a test's time is compilation, and this halves it.
+        # Most of a test's time is compilation. These take it from 40 to 11 s of processor time for
+        # the smallest training step: optimise nothing, and emit kernels the short way.
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 ).strip()
 
-# Most of a test's time is compilation. What one process has compiled, the others of this session
-# read: pytest's own, which inherit these variables, and the commands that tests start.
+# What one process has compiled, the others of this session read: pytest's own, which inherit these
+# variables, and the commands that tests start.
 MADE_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if MADE_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="save_jax-tests-")

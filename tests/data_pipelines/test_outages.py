@@ -31,7 +31,7 @@ from data_pipelines.recipe import Recipe
 from save_jax.errors import OutageError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import media as synthetic
-from tests.support import object_store, preparing
+from tests.support import object_store, preparing, system
 
 RECIPE = Recipe(**SMALL)
 FLAGS = [f"--{key}={value}" for key, value in SMALL.items()]
@@ -113,6 +113,7 @@ def nothing_is_lost(code, error, out, *words):
 
 def test_a_full_temporary_directory(root, tmp_path):
     """Frames at 1,024 pixels, of which 22 are 64 MiB: more are kept in the temporary directory."""
+    system.need("mount", "mount")
     full = tmp_path / "full"
     full.mkdir()
     if (
@@ -187,8 +188,7 @@ ssize_t read(int fd, void *buffer, size_t size) {
 
 @pytest.mark.parametrize(("name", "number"), [("b.mp4", errno.EIO), ("d.mkv", errno.ESTALE)])
 def test_a_disk_that_fails_in_the_middle_of_a_file(root, tmp_path, name, number):
-    if not shutil.which("gcc"):
-        pytest.skip("without gcc, the system's read() cannot be replaced")
+    system.need("gcc", "gcc")
     (tmp_path / "read.c").write_text(FAILING_READ)
     library = tmp_path / "read.so"
     compiler = ["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "read.c"), "-ldl"]

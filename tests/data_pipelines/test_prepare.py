@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -269,14 +270,23 @@ def test_the_command(miniature, tmp_path):
     assert "Traceback" not in found.stderr and "oneDNN" not in found.stderr
 
 
-def test_the_demo_corpus_is_made_or_completed(tmp_path, monkeypatch):
-    """The generator itself knows what is there already; see test_corpus.py."""
+def test_the_demo_corpus_is_made_and_completed(tmp_path, monkeypatch):
     from data_pipelines import demo_corpus
 
-    calls = []
-    monkeypatch.setattr(demo_corpus, "generate", lambda root, **kw: calls.append((root, kw)))
-    preparation._make_demo_corpus(str(tmp_path), workers=3)
-    assert calls == [(str(tmp_path), {"seed": 0, "workers": 3})]
+    small = functools.partial(demo_corpus.generate, n_train=4, n_test=2)
+    monkeypatch.setattr(demo_corpus, "generate", small)
+    command = ["demo", f"--out={tmp_path}", "--workers=1", *FLAGS]
+    assert main(command) == 0
+    videos = sorted((tmp_path / "corpus/VideoData").glob("*.mp4"))
+    assert len(videos) == 6
+    made = {video: (video.read_bytes(), video.stat().st_mtime_ns) for video in videos}
+    lost = videos[2]
+    lost.unlink()
+    shutil.rmtree(tmp_path / "demo")  # what is prepared needs no corpus
+    assert main(command) == 0
+    assert lost.read_bytes() == made[lost][0]
+    kept = {video: made[video][1] for video in videos if video != lost}
+    assert {video: video.stat().st_mtime_ns for video in kept} == kept
     assert preparation.places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
 
 

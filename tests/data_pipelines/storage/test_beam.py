@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from data_pipelines.prepare import main
-from data_pipelines.storage import beam, shards
+from data_pipelines.storage import shards
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import preparing
@@ -37,7 +37,11 @@ def test_the_direct_runner_and_the_local_path_give_identical_files(miniature, tm
 
 
 def test_a_failure_in_the_pipeline_is_one_message(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "write_plan", lambda *_: None)  # so that no worker finds its plan
-    with pytest.raises(UserError, match=r"--beam_runner=DirectRunner: .*same command goes on"):
-        preparing.run(str(miniature), str(tmp_path), beam_runner="DirectRunner")
-    assert beam.__doc__
+    out = str(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(shards, "write_plan", lambda *_: None)  # so that no worker finds its plan
+        with pytest.raises(UserError, match=r"--beam_runner=DirectRunner: .*same command"):
+            preparing.run(str(miniature), out, beam_runner="DirectRunner")
+    assert not list(tmp_path.rglob("dataset_info.json")), "what failed looks complete"
+    found = preparing.run(str(miniature), out, beam_runner="DirectRunner")
+    assert (found / "dataset_info.json").exists()

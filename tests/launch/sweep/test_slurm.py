@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,10 +172,27 @@ def test_the_batch_file_requeues_what_was_interrupted(fake_program, tmp_path, co
     assert (tmp_path / "calls").read_text() == requeued
 
 
-def test_the_real_test_dry_run():
+def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):
+    """tests/launch/test_slurm.sh, run by hand: each command that it would run, up to the queue."""
     script = "tests/launch/test_slurm.sh"
     assert bash("-n", script).returncode == 0
     done = bash(script, "--dry_run", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--backend=slurm") == 2
-    assert "sbatch --gpus-per-node=0" in done.stdout
+    monkeypatch.chdir(conftest.ROOT)
+    sweeps = batches = 0
+    for words in map(shlex.split, done.stdout.splitlines()):
+        if "launch.sweep" in words:
+            config = next(word for word in words if word.startswith("--config="))
+            arguments = words[words.index("launch.sweep") + 1 :]
+            # The script writes a config of its own, and removes it at the end.
+            arguments[arguments.index(config)] = "--config=configs/demo_sweep.py"
+            assert sweep.main([*arguments, "--dry_run"]) == 0
+            assert "-m save_jax.main" in capsys.readouterr().out
+            sweeps += 1
+        elif words[:1] == ["sbatch"]:
+            at = words.index(BATCH_FILE)
+            options = {word.partition("=")[0] for word in words[1:at]}
+            assert options <= {"--gpus-per-node", "--ntasks-per-node", "--output"}
+            assert bash(*words[at : at + 1], "--dry_run", *words[at + 1 :]).returncode == 0
+            batches += 1
+    assert (sweeps, batches) == (2, 1)

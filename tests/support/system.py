@@ -1,0 +1,31 @@
+"""What tests need of the machine beyond Python packages."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+PACKAGES = pathlib.Path(__file__).parents[1] / "debian.txt"
+
+
+def debian_packages() -> list[str]:
+    """Returns the names that tests/debian.txt lists."""
+    lines = (line.partition("#")[0].strip() for line in PACKAGES.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def need(program: str, package: str) -> None:
+    """Skips the test where a program is missing; with CI=true, fails it.
+
+    Args:
+        program: what the test calls.
+        package: the Debian package that has it, one of tests/debian.txt.
+    """
+    assert package in debian_packages(), f"{package}: expected it in {PACKAGES}"
+    if shutil.which(program):
+        return
+    message = f"{program} is not installed: apt-get install {package}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{message} ({PACKAGES} names it)")
+    pytest.skip(message)
