@@ -123,8 +123,8 @@ def appearing(where: Path, *, unique: bool = False, fsync: bool = True) -> Itera
         where: a file; on a disk, a directory too.
         unique: write to another path each time, because several processes may write `where` at
             once; a process that is killed leaves it behind. Otherwise the next one writes over it.
-        fsync: wait until it is on the disk, so that not even a power cut leaves a name that stands
-            for nothing. False is for what can be made again and is many small files.
+        fsync: wait until the disk has it, so that it survives a power cut. False is for many small
+            files that can be made again.
 
     Raises:
         OSError: the system or the store refuses; what had that name before is as it was.
@@ -184,9 +184,8 @@ def _sync_folder_of(path: Path) -> None:
 def lock(path: Path, *, wait: bool = False) -> int | None:
     """Locks a file on a disk, which is made if need be, against every other process.
 
-    The lock is the operating system's: it ends when the descriptor is closed, here and in every
-    child process that has inherited it, or with these processes, however they end. Where the file
-    system has no locks, a warning is printed, and nothing is kept off.
+    The operating system releases it when the descriptor is closed, here and in every child process
+    that inherited it, or they end. A file system without locks gives a warning and no protection.
 
     Args:
         path: the file; whoever holds its lock may remove it.
@@ -200,9 +199,9 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
         OSError: the file cannot be opened.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        locked = False
-        try:
+        with contextlib.ExitStack() as closing:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            closing.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -212,21 +211,25 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
                     raise
                 _warn_of_no_locks(os.fspath(path))
             # Who held it before may have removed the file in between: then this lock is on nothing.
-            locked = _is_there(path, descriptor)
-            if locked:
+            if _is_there(path, descriptor):
+                closing.pop_all()
                 return descriptor
-        finally:
-            if not locked:
-                os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Returns whether a process on this machine has a file's lock; None where that is unknown."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return {BlockingIOError: True, FileNotFoundError: False}.get(type(error))
+    return False
 
 
 @functools.cache
 def _warn_of_no_locks(path: str) -> None:
-    print(
-        f"warning: {path}: this file system has no locks; nothing keeps a second process from "
-        "writing there at the same time",
-        file=sys.stderr,
-    )
+    said = "this file system has no locks; nothing keeps a second process from writing there"
+    print(f"warning: {path}: {said}", file=sys.stderr)
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
@@ -248,8 +251,7 @@ def hold(directory: Path, *, beside: Path | None = None, wait: bool = False) -> 
 
     Args:
         directory: the directory, which is made on a disk, and removed again if it stays empty.
-        beside: where the lock is, of a directory that may not be made yet; by default `.lock` in
-            it.
+        beside: the lock's path, if the directory may not be made yet; by default `.lock` in it.
         wait: wait for another process that holds it, instead of raising.
 
     Raises:
@@ -382,10 +384,8 @@ def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Iterator[Non
             file=sys.stderr,
             flush=True,
         )
-        # At once: what this process still wrote could destroy the other's work. The code says "can
-        # be resumed", as nothing is wrong with the command (2) or the run (1). Started again, it
-        # does no harm: it waits here for up to _LEASE seconds, and is refused with 2 if the other
-        # is still at work, or finishes that work if the other has died.
+        # At once: what this process still wrote could destroy the other's work. Started again, it
+        # waits for up to _LEASE seconds, and is refused if the other is still at work.
         os._exit(os.EX_TEMPFAIL)
 
     keeper = threading.Thread(target=keep, name="lease", daemon=True)
