@@ -130,7 +130,7 @@ complete() { # complete DIR N: so many runs below it are complete
 began() { (($(grep -c '"loss"' "$1/metrics.jsonl") >= 2)); }
 jobs() { squeue --me --name=save_jax --noheader --format=%i "$@"; }
 idle() { [[ -z "$(jobs)" ]]; }
-went_on() { grep -q "going on from checkpoint" "$@"; }
+resumed() { grep -q "resuming from checkpoint" "$@"; } # what save_jax/resume.py prints
 
 say "SLURM"
 if $dry_run || ! slurm_answers 2>/dev/null; then
@@ -175,7 +175,7 @@ if ! $dry_run; then
   scancel --signal=USR2 "$(jobs --states=running)"
   wait_for 1800 "end of the jobs" idle
   complete "$work/requeue" 2 || fail "not both points are complete: $(cat "$work/report.txt")"
-  went_on "$work"/requeue/slurm/*_log.out || fail "no point went on from a checkpoint"
+  resumed "$work"/requeue/slurm/*_log.out || fail "no point resumed from a checkpoint"
 fi
 
 say "slurm.sbatch, interrupted once"
@@ -188,6 +188,6 @@ if ! $dry_run; then
   scancel --signal=TERM "$(jobs --states=running)"
   wait_for 1800 "end of the job" idle
   complete "$work/sbatch" 1 || fail "the run is not complete: $(tail -5 "$work/sbatch.log")"
-  went_on "$work/sbatch.log" || fail "it did not go on from a checkpoint"
+  resumed "$work/sbatch.log" || fail "it did not resume from a checkpoint"
 fi
 if ! $dry_run; then say "all passed"; fi
