@@ -196,3 +196,9 @@ def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):
             assert bash(*words[at : at + 1], "--dry_run", *words[at + 1 :]).returncode == 0
             batches += 1
     assert (sweeps, batches) == (2, 1)
+
+
+def test_the_real_test_looks_for_what_a_resumed_run_prints():
+    script = (conftest.ROOT / "tests/launch/test_slurm.sh").read_text()
+    (words,) = re.findall(r'grep -q "(\w+ \w+ from checkpoint|\w+ from checkpoint)"', script)
+    assert f'say(f"{words} {{' in (conftest.ROOT / "save_jax/resume.py").read_text()
