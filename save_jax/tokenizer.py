@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 import ftfy
 import numpy as np
+
+# Else transformers, of which only the tokenizer is used, asks for PyTorch when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import transformers
 
 from save_jax.errors import UserError
