@@ -226,7 +226,7 @@ def _report_teacher(split: Any) -> None:
     silent, lacking = int((~with_sound).sum()), int((with_sound & ~split.has_teacher).sum())
     why = [f"{silent} without an audio track"] * bool(silent)
     why += [f"{lacking} with sound but without the teacher's vectors"] * bool(lacking)
-    if usable.sum() < 2:
+    if why and usable.sum() < 2:
         warn(
             f"soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
             f"{split.num_clips} clips in the split {split.name!r} there are {' and '.join(why)}. "
