@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import flags
@@ -22,6 +22,11 @@ from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
+
+Built = TypeVar(
+    "Built",
+    bound=clip.CLIPConfig | ast.ASTConfig | SAVEConfig | LossConfig | OptimizerConfig,
+)
 
 DTYPES = ("float32", "bfloat16")
 AMPERE = (8, 0)  # NVIDIA's compute capability that brought bfloat16, and cuDNN's fused attention
@@ -109,9 +114,7 @@ def _config_file(argv: Sequence[str]) -> str:
 def _explain(error: Exception, argv: Sequence[str]) -> str:
     """Says what went wrong first: config_flags wraps it, traceback and all."""
     file, chain = _config_file(argv), [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        if not isinstance(cause, Exception):
-            break
+    while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, Exception):
         chain.append(cause)
     first = chain[-1]
     found = f"{type(first).__name__}: {first}"
@@ -155,8 +158,8 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
 
 
 def sizes_of(
-    key: str, value: str | Mapping[str, int], variants: Mapping[str, Any], cls: type
-) -> Any:
+    key: str, value: str | Mapping[str, int], variants: Mapping[str, Built], cls: type[Built]
+) -> Built:
     """A named variant, or a mapping of sizes; sizes left out are those of the default variant."""
     if isinstance(value, str):
         if value not in variants:
@@ -168,7 +171,7 @@ def sizes_of(
     return _build(key, cls, value)
 
 
-def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
+def _build(key: str, cls: type[Built], values: Mapping[str, Any]) -> Built:
     """A dataclass from a mapping; unknown fields are named."""
     fields = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(fields))
@@ -352,9 +355,9 @@ def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerCo
     return _build("optimizer", OptimizerConfig, {**values, "total_steps": total_steps})
 
 
-def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int]:
+def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int | str]:
     """What a prepared directory must have been made with, for this model to read it."""
-    recipe = {"image_size": model.clip.image_size, "max_frames": max_frames}
+    recipe: dict[str, int | str] = {"image_size": model.clip.image_size, "max_frames": max_frames}
     if model.sound_weight:
         recipe |= {"fbank_frames": model.ast.fbank_frames, "mel_bins": model.ast.mel_bins}
     return recipe

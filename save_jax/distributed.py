@@ -7,7 +7,7 @@ command, computes on its own devices and reads its own share of the data.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
@@ -80,7 +80,7 @@ def join(
 
 
 @contextlib.contextmanager
-def hold(workdir: files.Path) -> Iterator[None]:
+def hold(workdir: files.Path) -> Generator[None, None, None]:
     """Holds a workdir for this run (`files.hold`); all processes of the run call it together.
 
     Raises:
@@ -103,7 +103,7 @@ def hold(workdir: files.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_if_peer_lost() -> Iterator[None]:
+def exit_if_peer_lost() -> Generator[None, None, None]:
     """Ends this process, code 1 and one message, when a computation fails for want of another.
 
     The others' results will never come; waiting for them at exit would only hang.

@@ -84,7 +84,7 @@ class Writer:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line {"step": …, …} and one TensorBoard point a scalar."""
-        if self._lines is None:
+        if self._lines is None or self._events is None:
             return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
@@ -93,14 +93,14 @@ class Writer:
 
     def sync(self) -> None:
         """Copies what is written to the bucket; before a checkpoint, which vouches for it."""
-        if self._lines is None or self._remote is None:
+        if self._lines is None or self._events is None or self._remote is None:
             return
         self._events.flush()
         for file in self._here.iterdir():
             files.write(self._remote / file.name, file.read_bytes())
 
     def close(self) -> None:
-        if self._lines is not None:
+        if self._lines is not None and self._events is not None:
             self.sync()
             self._lines.close()
             self._events.close()

@@ -107,7 +107,8 @@ def _from_vocabulary_file(path: str) -> transformers.CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
-        vocab={token: position for position, token in enumerate(tokens)}, merges=merges
+        vocab={token: position for position, token in enumerate(tokens)},
+        merges=merges,  # ty: ignore[invalid-argument-type]  pairs, which its annotation forgets
     )
 
 
