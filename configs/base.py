@@ -112,6 +112,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def _defaults(cls: type, *without: str) -> dict[str, Any]:
+def _defaults(
+    cls: type[SAVEConfig] | type[LossConfig] | type[OptimizerConfig], *without: str
+) -> dict[str, Any]:
     """Returns the defaults of a dataclass of the code, where alone each constant stands."""
     return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in without}

@@ -263,7 +263,9 @@ def parameter_shapes(path: str | os.PathLike) -> dict[str, jax.ShapeDtypeStruct]
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
 
 
-def read_parameters(path: str | os.PathLike, like: Parameters) -> dict[str, np.ndarray]:
+def read_parameters(
+    path: str | os.PathLike, like: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
     """Some or all parameters of a checkpoint in host memory, whatever devices it was written on.
 
     Args:

@@ -64,12 +64,11 @@ def parse(
     if any(arg.lstrip("-") in ("help", "h", "helpfull", "helpshort") for arg in rest):
         print(f"{description.strip()}\n\n{values.get_help()}")
         sys.exit(0)
-    with configuration.user_errors():
-        stray = values(ordered)[1:]
-        config = values.config.to_dict()
+    stray = configuration.parse_flags(values, ordered)
     if stray:
         raise UserError(f"unexpected arguments: {' '.join(stray)}")
-    return CommandLine(config, tuple(config_flags.get_override_values(values["config"])), values)
+    explicit = tuple(config_flags.get_override_values(values["config"]))
+    return CommandLine(values.config.to_dict(), explicit, values)
 
 
 def define_trust_archive(values: flags.FlagValues) -> None:

@@ -7,13 +7,13 @@ command, computes on its own devices and reads its own share of the data.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 
 # Seconds without a sign of life after which a process counts as dead, and all the others stop.
@@ -80,8 +80,8 @@ def join(
 
 
 @contextlib.contextmanager
-def hold(workdir: files.Path) -> Iterator[None]:
-    """Holds a workdir for this run (`files.hold`); all processes of the run call it together.
+def hold(workdir: files.Path) -> Generator[None, None, None]:
+    """Holds a workdir for this run (`locks.hold`); all processes of the run call it together.
 
     Raises:
         UserError: another run holds it; on every process.
@@ -90,7 +90,7 @@ def hold(workdir: files.Path) -> Iterator[None]:
         refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(files.hold(workdir))
+                stack.enter_context(locks.hold(workdir))
             except Exception as error:  # whatever it is, the others must not wait for this process
                 refusal = error
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
@@ -103,7 +103,7 @@ def hold(workdir: files.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_if_peer_lost() -> Iterator[None]:
+def exit_if_peer_lost() -> Generator[None, None, None]:
     """Ends this process, code 1 and one message, when a computation fails for want of another.
 
     The others' results will never come; waiting for them at exit would only hang.

@@ -3,8 +3,10 @@
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import ParamSpec
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -92,6 +94,8 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
     @functools.wraps(command)
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if signal.getsignal(signal.SIGINT) is _end_at_start:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return command(*arguments, **options)
         except UserError as error:
@@ -107,6 +111,21 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
     return run
 
 
+def interruptible_start() -> None:
+    """Makes Ctrl-C end this process with one message and code 75 until its command begins.
+
+    For the seconds in which a command imports its packages: a KeyboardInterrupt there would print a
+    traceback, and an import in native code may even swallow it. `exit_codes` takes over afterwards.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _end_at_start)
+
+
+def _end_at_start(number: int, frame: FrameType | None) -> None:
+    message = "nothing was begun; run the same command again"
+    os._exit(_end("interrupted", message, os.EX_TEMPFAIL))
+
+
 def _end(kind: str, message: object, code: int) -> int:
-    print(f"{kind}: {message}", file=sys.stderr)
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
     return code

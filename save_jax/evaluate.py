@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import files, metrics, parameters, sharding
+from save_jax import files, metrics, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
-from save_jax.models.save import SAVE
+from save_jax.models import save
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
@@ -59,14 +59,14 @@ class Evaluator:
         self._mesh, self._batch_size = mesh, batch_size
 
         def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model: SAVE = parameters.merge(structure, params)
+            model = save.merge(structure, params)
             with sharding.on_mesh(mesh):
                 video = model.encode_video(batch)
             return normalise(video.fused), video.mask
 
         def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
             with sharding.on_mesh(mesh):
-                return normalise(parameters.merge(structure, params).encode_text(ids))
+                return normalise(save.merge(structure, params).encode_text(ids))
 
         def score(text, frames, mask, logit_scale):
             return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
@@ -81,19 +81,21 @@ class Evaluator:
         self, params: Parameters, data: EvaluationSet
     ) -> tuple[np.ndarray, np.ndarray]:
         """float32 [videos, F, D] unit frames and bool [videos, F] masks, in the split's order."""
-        frames = mask = None
+        frames: np.ndarray | None = None
+        mask: np.ndarray | None = None
         progress = Progress("embedding videos", len(data.video_ids))
         everywhere = sharding.replicated(self._mesh)
         for _, batch in sharding.prefetch(data.batches(), self._mesh):
             index = np.asarray(jax.device_put(batch.index, everywhere))
             unit, real = map(np.asarray, self.encode_video(params, batch))
-            if frames is None:
+            if frames is None or mask is None:
                 frames = np.zeros((len(data.video_ids), *unit.shape[1:]), np.float32)
                 mask = np.zeros((len(data.video_ids), real.shape[1]), bool)
             rows = index >= 0
             frames[index[rows]], mask[index[rows]] = unit[rows], real[rows]
             progress.advance(int(rows.sum()))
         progress.close()
+        assert frames is not None and mask is not None  # a split without clips has no captions
         return frames, mask
 
     def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
@@ -206,7 +208,7 @@ def run_evaluation(
     """
     scores, result = evaluator.evaluate(params, data)
     facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
-    result = {"step": step, "protocol": facts, **result}
+    result: dict[str, Any] = {"step": step, "protocol": facts, **result}
     if jax.process_index() == 0:
         write(workdir / "evaluation" / str(step) / subset, data, scores, result)
     name = f"eval/{subset}" if subset else "eval"

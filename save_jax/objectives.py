@@ -194,6 +194,8 @@ def losses(
     contrastive = contrastive_loss(text, video, logit_scale, config, blocks)
     soft_albef = jnp.zeros(())
     if config.soft_albef_weight:
+        assert video.audio is not None and usable is not None  # configs without sound are refused
+        assert teacher_video is not None and teacher_audio is not None
         soft_albef = soft_albef_loss(
             normalise(normalise(video.visual).mean(axis=1)),
             normalise(normalise(video.audio).mean(axis=1)),

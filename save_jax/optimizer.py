@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from save_jax.parameters import Parameters
@@ -92,7 +93,7 @@ def schedule(peak: float, total_steps: int) -> optax.Schedule:
         warming_up = step < WARMUP * total_steps
         return peak * jnp.where(warming_up, x / WARMUP, (1 + jnp.cos(jnp.pi * x)) / 2)
 
-    return rate
+    return cast(optax.Schedule, rate)  # of integers; its type would have it take complex numbers
 
 
 def global_norm(tree: optax.Updates) -> jax.Array:
@@ -108,7 +109,7 @@ def clip_by_global_norm() -> optax.GradientTransformation:
         factor = jnp.minimum(1.0, MAX_NORM / (global_norm(updates) + NORM_EPSILON))
         return jax.tree.map(lambda g: g * factor, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_by_tensor_norm(stacked: Collection[str]) -> optax.GradientTransformation:
@@ -127,7 +128,7 @@ def clip_by_tensor_norm(stacked: Collection[str]) -> optax.GradientTransformatio
         del params
         return {name: clip(name, g) for name, g in updates.items()}, state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class BertAdamState(NamedTuple):
@@ -168,12 +169,13 @@ def make_optimizer(
         stacked: names of the parameters that have a leading layer axis.
     """
 
+    def decayed(tree: Any) -> dict[str, bool]:
+        return {name: is_decayed(name) for name in tree}
+
     def group(rate: float) -> optax.GradientTransformation:
         return optax.chain(
             scale_by_bert_adam(),
-            optax.add_decayed_weights(
-                config.weight_decay, mask=lambda tree: {k: is_decayed(k) for k in tree}
-            ),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(schedule(rate, config.total_steps)),
         )
 
@@ -190,7 +192,7 @@ def make_optimizer(
 def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
     """The rate of each trained group at the update that follows `step` updates."""
     return {
-        name: float(schedule(config.rate(name), config.total_steps)(step))
+        name: float(np.asarray(schedule(config.rate(name), config.total_steps)(step)))
         for name in GROUPS
         if config.rate(name)
     }

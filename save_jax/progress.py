@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 
@@ -85,7 +85,7 @@ class Writer:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line {"step": …, …} and one TensorBoard point a scalar."""
-        if self._lines is None:
+        if self._lines is None or self._events is None:
             return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
@@ -94,14 +94,14 @@ class Writer:
 
     def sync(self) -> None:
         """Copies what is written to the bucket; before a checkpoint, which vouches for it."""
-        if self._lines is None or self._remote is None:
+        if self._lines is None or self._events is None or self._remote is None:
             return
         self._events.flush()
         for file in self._here.iterdir():
             files.write(self._remote / file.name, file.read_bytes())
 
     def close(self) -> None:
-        if self._lines is not None:
+        if self._lines is not None and self._events is not None:
             self.sync()
             self._lines.close()
             self._events.close()
@@ -112,7 +112,7 @@ class Writer:
 @contextlib.contextmanager
 def writing(
     workdir: files.Path, restored_step: int | None, given: Writer | None
-) -> Iterator[Writer]:
+) -> Generator[Writer, None, None]:
     """Gives the writer of a run's scalars: the one given, which stays open, or the workdir's own.
 
     Args:

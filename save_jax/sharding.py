@@ -69,6 +69,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _row_spec(mesh))
 
 
+def mesh_of(x: jax.Array | jax.ShapeDtypeStruct) -> Mesh:
+    """Returns the mesh that an array (or an abstract one) is placed on."""
+    placed = x.sharding
+    assert isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh)
+    return placed.mesh
+
+
 def tree_shardings(tree: Any, stacked: Collection[str], mesh: Mesh) -> Any:
     """Decides where parameters, optimiser state or both lie: a sharding per (abstract) array.
 

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 
 import ftfy
 import numpy as np
+
+# Else transformers, of which only the tokenizer is used, asks for PyTorch when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import transformers
 
 from save_jax.errors import UserError
@@ -119,7 +123,8 @@ def _from_vocabulary_file(path: str) -> transformers.CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
-        vocab={token: position for position, token in enumerate(tokens)}, merges=merges
+        vocab={token: position for position, token in enumerate(tokens)},
+        merges=merges,  # ty: ignore[invalid-argument-type]  pairs, which its annotation forgets
     )
 
 

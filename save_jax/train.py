@@ -4,7 +4,7 @@ import collections
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,14 +107,17 @@ def make_train_step(
             name: x if name in structure.stacked else sharding.all_gather(x)
             for name, x in {**trained, **frozen}.items()
         }
-        model: save.SAVE = parameters.merge(structure, params)
+        model = save.merge(structure, params)
         count = len(batch.index) // micro_batch if micro_batch else 1
         # The model leaves the teacher alone.
         inputs = batch._replace(teacher_video=None, teacher_audio=None)
         if count > 1:
             inputs = _encode_frozen(model, trained, inputs, count)
         text, video = microbatch.join(microbatch.map_blocks(model, inputs, count))
-        usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
+        usable = None
+        if loss_config.soft_albef_weight:
+            assert batch.has_audio is not None and batch.has_teacher is not None
+            usable = batch.has_audio & batch.has_teacher
         losses = objectives.losses(
             *(text, video, batch.teacher_video, batch.teacher_audio, usable),
             model.clip.logit_scale[...],
@@ -127,11 +130,10 @@ def make_train_step(
         with sharding.on_mesh(mesh):
             grads, losses = jax.grad(loss_fn, has_aux=True)(state.trained, state.frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = cast(Parameters, optax.apply_updates(state.trained, updates))
         if "clip.logit_scale" in trained:
-            trained["clip.logit_scale"] = jnp.minimum(
-                trained["clip.logit_scale"], optimizer.MAX_LOGIT_SCALE
-            )
+            scale = cast(jax.Array, trained["clip.logit_scale"])
+            trained["clip.logit_scale"] = jnp.minimum(scale, optimizer.MAX_LOGIT_SCALE)
         scalars = {
             "loss": losses.total,
             "contrastive": losses.contrastive,
@@ -171,7 +173,7 @@ def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:
         train_step: see `make_train_step`.
         state: a state or an abstract one, on its mesh.
     """
-    mesh = state.step.sharding.mesh
+    mesh = sharding.mesh_of(state.step)
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
@@ -298,7 +300,7 @@ def train(
         check_finite(done.step, scalars, done.index, training, checkpoints)
         meter.log(done.step, scalars)
 
-    mesh = state.step.sharding.mesh
+    mesh = sharding.mesh_of(state.step)
     batches = sharding.prefetch(training.batches(first, total), mesh)
     for step in range(first + 1, total + 1):
         # ---------------------------------------------------------------- dispatch the next step

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 from save_jax.recorded import flatten
 
@@ -138,7 +138,7 @@ def lock(workdir: epath.PathLike) -> int | None:
 
     A child process that inherits the descriptor keeps the lock, even when its parent dies.
     """
-    return files.lock(pathlib.Path(workdir) / LOCK_FILE)
+    return locks.lock(pathlib.Path(workdir) / LOCK_FILE)
 
 
 def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:

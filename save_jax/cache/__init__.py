@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> s
     for name in tower_parameters(tower, params):
         value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value))
+        digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
 
 
@@ -208,7 +208,9 @@ def save_meta(directory: pathlib.Path, meta: Mapping[str, Any]) -> None:
     files.write(directory / "meta.json", json.dumps(meta, indent=1))
 
 
-def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: str) -> np.ndarray:
+def map_file(
+    directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: Literal["r", "r+"]
+) -> np.memmap:
     """An array's file in memory.
 
     Raises:
@@ -216,7 +218,7 @@ def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode:
     """
     path, dtype = directory / f"{name}.npy", jnp.dtype(entry["dtype"])
     try:
-        array = np.load(path, mmap_mode=mode)
+        array: np.memmap = np.load(path, mmap_mode=mode)
         if array.shape != tuple(entry["shape"]) or array.dtype != on_disk(dtype):
             raise ValueError(f"it holds {array.dtype} {array.shape}")
     except (OSError, ValueError) as error:
@@ -224,7 +226,7 @@ def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode:
             f"{path}: expected {dtype} {tuple(entry['shape'])}, as meta.json beside it says, found "
             f"otherwise ({error}). Remove {directory}, and write the cache again."
         ) from error
-    return array.view(dtype)
+    return cast(np.memmap, array.view(dtype))
 
 
 def on_disk(dtype: np.dtype) -> np.dtype:
@@ -256,11 +258,11 @@ class Cache:
             rows: the clips, as rows of the split.
             pairs: their captions, as rows of the table of captions; None in evaluation.
         """
-        training = pairs is not None
+        captions = rows if pairs is None else pairs
         return {
-            name: self._copy(array, pairs if ARRAYS[name] == "captions" else rows)
+            name: self._copy(array, captions if ARRAYS[name] == "captions" else rows)
             for name, array in self._arrays.items()
-            if training or ARRAYS[name] not in ONLY_TRAINING
+            if pairs is not None or ARRAYS[name] not in ONLY_TRAINING
         }
 
     def lay_over(

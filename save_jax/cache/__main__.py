@@ -13,7 +13,7 @@ import sys
 import jax
 from absl import flags, logging
 
-from save_jax import cli, distributed, files
+from save_jax import cli, distributed, files, locks
 from save_jax.cache.build import SHOWN_PARTS, run
 from save_jax.errors import UserError, exit_codes
 
@@ -51,7 +51,7 @@ def _alone(out: str) -> contextlib.AbstractContextManager:
     """Keeps other commands from writing the same cache meanwhile."""
     if jax.process_index():
         return contextlib.nullcontext()
-    return files.hold(pathlib.Path(out))
+    return locks.hold(pathlib.Path(out))
 
 
 @exit_codes

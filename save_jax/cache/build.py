@@ -68,10 +68,10 @@ def run(
 
 
 def _chosen(parts: Sequence[str] | None, frozen: Sequence[str]) -> Sequence[str]:
-    unknown = sorted(set(parts or ()) - set(cache.PARTS))
-    if unknown:
+    parts = parts or ()
+    if set(parts) - set(cache.PARTS):
         raise UserError(f"--parts={','.join(parts)}: expected some of {SHOWN_PARTS}")
-    moving = [part for part in parts or () if part not in frozen]
+    moving = [part for part in parts if part not in frozen]
     if moving:
         raise UserError(
             f"--parts={','.join(parts)}: {', '.join(moving)} would change while this config "

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from save_jax import cache, parameters, sharding
+from save_jax import cache, sharding
 from save_jax.batch import Batch
 from save_jax.cache import ARRAYS, Plan, Split
 from save_jax.errors import UserError
-from save_jax.models.save import FEATURES, SAVE, SAVEConfig
+from save_jax.models import save
+from save_jax.models.save import FEATURES, SAVEConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, say
 
@@ -65,7 +66,7 @@ class _Files:
         if jax.process_index() == 0:
             self._reserve(new)
         self._entries |= new
-        self._arrays = {}
+        self._arrays: dict[str, np.memmap] = {}
         if jax.process_index() == 0:
             cache.save_meta(directory, self._meta())
             self._arrays = {k: cache.map_file(directory, k, self._entries[k], "r+") for k in wanted}
@@ -195,18 +196,18 @@ def write(
     if names:
 
         def encode(params: Parameters, batch: Batch) -> dict[str, jax.Array]:
-            net: SAVE = parameters.merge(structure, params)
+            net = save.merge(structure, params)
             given = {name: getattr(batch, name) for name in names if name not in FEATURES}
             with sharding.on_mesh(mesh):
                 given |= net.features(batch, [name for name in names if name in FEATURES])
             given |= {name: given[name].astype(dtypes[name]) for name in given}
             return given | {"index": batch.index}
 
-        encode = jax.jit(encode, out_shardings=everywhere)
+        jitted = jax.jit(encode, out_shardings=everywhere)
         progress = Progress(f"caching {split.name}: clips", split.clips - first * batch_size)
         done = first * batch_size
         for _, batch in sharding.prefetch(batches(first), mesh):
-            rows = jax.tree.map(np.asarray, encode(params, batch))
+            rows = jax.tree.map(np.asarray, jitted(params, batch))
             index = rows.pop("index")
             real = index >= 0
             for name, values in rows.items():
@@ -220,7 +221,7 @@ def write(
     names = files.unfinished(lambda part: part == "captions")
     if names:
         encode_text = jax.jit(
-            lambda params, ids: parameters.merge(structure, params).encode_text(ids),
+            lambda params, ids: save.merge(structure, params).encode_text(ids),
             out_shardings=everywhere,
         )
         done, total = files.done(names), len(split.caption_ids)

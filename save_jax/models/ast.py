@@ -27,9 +27,10 @@ class ASTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along frequency and along time."""
-        return tuple(
+        rows, columns = (
             (n - self.patch_size) // self.stride + 1 for n in (self.mel_bins, self.fbank_frames)
         )
+        return rows, columns
 
     @property
     def patches(self) -> int:

@@ -6,7 +6,7 @@ whatever the dtype. Parameter names follow CLIP's, so that a checkpoint table re
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,7 @@ class Attention(nnx.Module):
         if context is None:
             q, k, v = jnp.split(self.in_proj(x), 3, axis=-1)
         else:
+            assert self.in_proj.bias is not None  # made with one, above
             kernel, bias, dtype = self.in_proj.kernel[...], self.in_proj.bias[...], x.dtype
             width = x.shape[-1]
             q = x @ kernel[:, :width].astype(dtype) + bias[:width].astype(dtype)
@@ -140,17 +141,21 @@ def attend(
         causal: query n sees keys 0 to n only.
         kernel: one of ATTENTION_KERNELS.
     """
-    queries, keys, lengths = q.shape[1], k.shape[1], {}
+    queries, keys = q.shape[1], k.shape[1]
+    query_lengths = key_lengths = None
     if kernel == "cudnn":
         q, k, v = _even(q), _even(k), _even(v)
         if keys % 2:
             # The added query counts as a real one: a softmax over no keys is no number, which the
             # gradient's zeros would not remove.
-            lengths = {
-                "query_seq_lengths": _lengths(q, q.shape[1]),
-                "key_value_seq_lengths": _lengths(k, keys),
-            }
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel, **lengths)
+            query_lengths, key_lengths = _lengths(q, q.shape[1]), _lengths(k, keys)
+    out = jax.nn.dot_product_attention(
+        *(q, k, v),
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation=cast(Literal["xla", "cudnn"], kernel),
+    )
     return out[:, :queries]
 
 
@@ -261,9 +266,10 @@ class Stack(nnx.Module):
             block = nnx.merge(graphdef, sharding.all_gather(layer))
             return block(sharding.shard_rows(x), *context), None
 
+        run: Callable[..., Any] = body
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, layers)[0]
+            run = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x, layers)[0]
 
 
 def set_execution(model: nnx.Module, *, remat: str, attention: str) -> None:

@@ -1,7 +1,7 @@
 """SAVE: what is seen, heard and said in; embeddings of captions and videos out (spec 1-5)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from save_jax import parameters
 from save_jax.batch import Batch
 from save_jax.models import layers
 from save_jax.models.ast import AST, ASTConfig
 from save_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPConfig
 from save_jax.models.fusion import AudioResampler, GatedFusion
+from save_jax.parameters import Structure
 
 # What starts as a copy of CLIP's text tower (spec section 7), in every block of these stacks.
 STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
@@ -184,20 +186,20 @@ class SAVE(nnx.Module):
         """
         v = self._given(batch.frame_embeddings)
         if v is None:
-            v = self.encode_frames(batch.frames, batch.frame_mask)
+            v = self.encode_frames(_required(batch, "frames"), batch.frame_mask)
         if self.config.frame_positions:
             v = v + self.frame_positions[: v.shape[1]].astype(v.dtype)
         fused, audio = self.config.vision_weight * v, None
         if self.config.sound_weight:
             states = self._given(batch.ast_states)
             if states is None:
-                states = self.encode_audio(batch.fbank)
+                states = self.encode_audio(_required(batch, "fbank"))
             audio = self.audio_resampler(self.audio_projection(self.ast.norm(states)))
             fused = fused + self.config.sound_weight * self.audio_fusion(v, audio)
         if self.config.speech_weight:
             speech = self._given(batch.speech_states)
             if speech is None:
-                speech = self.encode_speech(batch.transcript_ids)
+                speech = self.encode_speech(_required(batch, "transcript_ids"))
             fused = fused + self.config.speech_weight * self.speech_fusion(v, speech)
         return VideoEmbedding(fused, v, audio, batch.frame_mask)
 
@@ -205,7 +207,7 @@ class SAVE(nnx.Module):
         """Caption and video embeddings of a training batch."""
         text = self._given(batch.caption_embeddings)
         if text is None:
-            text = self.encode_text(batch.caption_ids)
+            text = self.encode_text(_required(batch, "caption_ids"))
         return text, self.encode_video(batch)
 
     def features(self, batch: Batch, names: Collection[str]) -> dict[str, Array]:
@@ -219,16 +221,37 @@ class SAVE(nnx.Module):
             The features by name, in the compute dtype.
         """
         make = {
-            "frame_embeddings": lambda: self.encode_frames(batch.frames, batch.frame_mask),
-            "caption_embeddings": lambda: self.encode_text(batch.caption_ids),
-            "ast_states": lambda: self.encode_audio(batch.fbank),
-            "speech_states": lambda: self.encode_speech(batch.transcript_ids),
+            "frame_embeddings": lambda: self.encode_frames(
+                _required(batch, "frames"), batch.frame_mask
+            ),
+            "caption_embeddings": lambda: self.encode_text(_required(batch, "caption_ids")),
+            "ast_states": lambda: self.encode_audio(_required(batch, "fbank")),
+            "speech_states": lambda: self.encode_speech(_required(batch, "transcript_ids")),
         }
         return {name: make[name]() for name in names}
 
     def _given(self, features: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
         """What a batch brings of an encoder's results, in the compute dtype."""
         return None if features is None else features.astype(self.dtype)
+
+
+def _required(batch: Batch, field: str) -> Array:
+    """Returns an input of an encoder.
+
+    Raises:
+        ValueError: the batch lacks it.
+    """
+    value = getattr(batch, field)
+    if value is None:
+        raise ValueError(f"the batch has no {field}, which this model reads: see save_jax/batch.py")
+    return value
+
+
+def merge(structure: Structure, params: Mapping[str, Array | jax.ShapeDtypeStruct]) -> SAVE:
+    """Puts the model together from its structure and parameters (`parameters.merge`)."""
+    model = parameters.merge(structure, params)
+    assert isinstance(model, SAVE)
+    return model
 
 
 def copy_clip_into_fusion(model: SAVE) -> None:

@@ -9,7 +9,8 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import NoReturn
 
 import jax
 from flax import nnx
@@ -25,7 +26,7 @@ from save_jax.weights.files.recognise import FACTS, OURS, open_source, recorded_
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\n{self.format_usage()}".rstrip())
 
 
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _appearing_at_once(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def _appearing_at_once(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
     """A path to write to, of what appears as `out`, in a folder that is made if need be."""
     out = out.absolute()
     try:
@@ -101,13 +102,14 @@ def _model(args: argparse.Namespace) -> SAVEConfig | None:
         return configuration.model_config(configuration.read(args.config), devices=())
     if not args.clip and not args.ast:
         return None
-    sizes = {}
     for kind, variants in (("clip", clip.VARIANTS), ("ast", ast.VARIANTS)):
-        if name := getattr(args, kind):
-            if name not in variants:
-                raise UserError(f"--{kind}={name}: expected one of {', '.join(variants)}")
-            sizes[kind] = variants[name]
-    return SAVEConfig(**sizes)
+        if (name := getattr(args, kind)) and name not in variants:
+            raise UserError(f"--{kind}={name}: expected one of {', '.join(variants)}")
+    default = SAVEConfig()
+    return SAVEConfig(
+        clip.VARIANTS[args.clip] if args.clip else default.clip,
+        ast.VARIANTS[args.ast] if args.ast else default.ast,
+    )
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -4,12 +4,12 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from save_jax.errors import UserError
 from save_jax.models.save import FROM_TEXT_BLOCKS, STACKS_FROM_TEXT, SAVEConfig
-from save_jax.parameters import Parameters
 from save_jax.weights import positions
 from save_jax.weights import table as tables
 from save_jax.weights.files.recognise import OURS, SAVE, Source, open_source
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
         names: PyTorch's name, as the (last) file spelled it -> dtype there.
     """
 
-    parameters: Parameters
+    parameters: dict[str, jax.Array]
     absent: tuple[str, ...]
     notes: tuple[str, ...]
     names: Mapping[str, str]
@@ -93,7 +93,7 @@ def read(
                     f"parameters: {tables.listing(twice)}. Name the part to take from each: "
                     "clip=…,ast=…"
                 )
-    parameters: Parameters = {}
+    parameters: dict[str, jax.Array] = {}
     notes: list[str] = []
     names: dict[str, str] = {}
     for one, shapes, fitted in plans:
@@ -232,7 +232,7 @@ def _spelled(source: Source, shapes: Mapping[str, tables.Shape]) -> dict[str, st
     return result
 
 
-def _start_from_clip(parameters: Parameters, expected: Mapping[str, Any]) -> list[str]:
+def _start_from_clip(parameters: dict[str, jax.Array], expected: Mapping[str, Any]) -> list[str]:
     """Copies CLIP's text tower into the new parts that no source gave; see spec section 7."""
     if "clip.text.positional_embedding" not in parameters:
         return []

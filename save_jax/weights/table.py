@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from save_jax.errors import UserError
-from save_jax.parameters import Parameters
 from save_jax.weights.files.tensor import Shape, Tensor
 
 LAYER = ".*."  # stands for the layer's number in PyTorch's names: "resblocks.*.ln_1.weight"
@@ -159,7 +158,7 @@ def from_torch(
     state: State,
     expected: Mapping[str, Shape],
     source: str = "the checkpoint",
-) -> Parameters:
+) -> dict[str, jax.Array]:
     """PyTorch's state as our parameters, in float32.
 
     Nothing is read before all names and shapes are known to fit, and then tensor by tensor: of a
@@ -236,7 +235,7 @@ def shapes(table: Table, state: State) -> dict[str, Shape]:
     for name, row in table.holders(state).items():
         if row.stacked:
             stack = _stack(row)
-            layer = int(re.search(r"\.(\d+)\.", name)[1])
+            (layer,) = map(int, re.findall(r"\.(\d+)\.", name)[:1])
             depths[stack] = max(depths.get(stack, 0), layer + 1)
     result = {}
     for row in table.rows:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from save_jax import checkpoint, recorded
+from save_jax import checkpoint, files, recorded
 from save_jax.errors import UserError
 from save_jax.weights.files import hub, pytorch, safetensors, torchscript
 from save_jax.weights.files.tensor import Tensor, Tensors
@@ -239,7 +239,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return True
 
 
-def _read_checkpoint(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+def _read_checkpoint(path: files.Path) -> tuple[Tensors, dict[str, str]]:
     shapes = checkpoint.parameter_shapes(path)
 
     @functools.cache  # one visit for all, at the first that is asked for

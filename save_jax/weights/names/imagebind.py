@@ -97,7 +97,7 @@ def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
     _, expected = imagebind.abstract(config)
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     tensors = recognise.read_file(path, trust_archive=False)
-    return table.from_torch(TABLE, tensors, shapes, source=str(path))
+    return {**table.from_torch(TABLE, tensors, shapes, source=str(path))}
 
 
 def loader(
