@@ -35,7 +35,7 @@ _TWO_FRAMES = Transform(
 
 
 def _tower(name: str, *, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows of what both towers have, and those of one."""
+    """Returns the rows of what both towers have, and those of one."""
     stem, block = f"modality_preprocessors.{name}", f"modality_trunks.{name}.blocks.*"
     ours = "trunk.blocks.layer"
     shared = (
@@ -102,7 +102,7 @@ def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
 def make_embed(
     path: str, *, dtype: str = "float32", config: ImageBindConfig = imagebind.VARIANTS["huge"]
 ) -> imagebind.Embed:
-    """The teacher of a checkpoint; see `models.imagebind.make_embed`.
+    """Makes the teacher of a checkpoint; see `models.imagebind.make_embed`.
 
     Args:
         path: `imagebind_huge.pth`, or the same tensors as safetensors. It is read when the first
