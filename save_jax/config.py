@@ -160,7 +160,11 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
 def sizes_of(
     key: str, value: str | Mapping[str, int], variants: Mapping[str, Built], cls: type[Built]
 ) -> Built:
-    """A named variant, or a mapping of sizes; sizes left out are those of the default variant."""
+    """Returns a named variant, or one of given sizes; sizes left out are the default variant's.
+
+    Raises:
+        UserError: an unknown name or size.
+    """
     if isinstance(value, str):
         if value not in variants:
             raise UserError(
@@ -172,7 +176,7 @@ def sizes_of(
 
 
 def _build(key: str, cls: type[Built], values: Mapping[str, Any]) -> Built:
-    """A dataclass from a mapping; unknown fields are named."""
+    """Makes a dataclass from a mapping; raises UserError that names unknown fields."""
     fields = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -185,7 +189,7 @@ def _build(key: str, cls: type[Built], values: Mapping[str, Any]) -> Built:
 def model_config(
     config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
 ) -> SAVEConfig:
-    """Sizes and branches of the model a config describes.
+    """Returns sizes and branches of the model that a config describes.
 
     Args:
         config: all of a config's values.
@@ -240,7 +244,7 @@ def model_config(
 
 
 def _capability(device: jax.Device) -> tuple[int, ...] | None:
-    """An NVIDIA GPU's compute capability, say (8, 6); None for any other device."""
+    """Returns an NVIDIA GPU's compute capability, say (8, 6); None for any other device."""
     # AMD's GPUs are "gpu" to JAX too, and name their architecture here: gfx942.
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return tuple(map(int, found.groups())) if found else None
@@ -260,7 +264,7 @@ def _check_bfloat16(devices: Sequence[jax.Device]) -> None:
 
 
 def _attention(model: SAVEConfig, devices: Sequence[jax.Device]) -> str:
-    """The attention kernel that a config's value means on these devices.
+    """Returns the attention kernel that a config's value means on these devices.
 
     Raises:
         UserError: cuDNN's is asked for, and cannot be had.
@@ -277,7 +281,7 @@ def _attention(model: SAVEConfig, devices: Sequence[jax.Device]) -> str:
     if model.dtype != "bfloat16" or not all(map(_capability, devices)):
         obstacle = "an NVIDIA GPU and config.dtype = 'bfloat16'"
     elif unfit:
-        obstacle = "heads of 8, 16, … 128 channels, and those here have: " + ", ".join(unfit)
+        obstacle = "attention heads of 8, 16, … 128 channels; here they have: " + ", ".join(unfit)
     if kernel == "auto":
         return "xla" if obstacle else "cudnn"
     if kernel == "cudnn" and obstacle:
@@ -332,7 +336,7 @@ def check_run(config: Mapping[str, Any]) -> None:
 
 
 def loss_config(config: Mapping[str, Any]) -> LossConfig:
-    """Constants of the objective.
+    """Returns the constants of the objective.
 
     Raises:
         UserError: soft-ALBEF is asked for without the sound branch that it aligns.
@@ -340,14 +344,14 @@ def loss_config(config: Mapping[str, Any]) -> LossConfig:
     loss = _build("loss", LossConfig, config["loss"])
     if loss.soft_albef_weight and not config["model"]["sound_weight"]:
         raise UserError(
-            "config.loss.soft_albef_weight > 0 needs sound: set it to 0, or "
-            "config.model.sound_weight above 0"
+            "config.loss.soft_albef_weight > 0 needs sound, and config.model.sound_weight is 0: "
+            "set the former to 0, or the latter above 0"
         )
     return loss
 
 
 def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerConfig:
-    """Rates and decay of the groups over a run of `total_steps`."""
+    """Returns rates and decay of the groups over a run of `total_steps`."""
     values = dict(config["optimizer"])
     for key, value in values.items():
         if not math.isfinite(value) or value < 0:
@@ -356,7 +360,7 @@ def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerCo
 
 
 def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int | str]:
-    """What a prepared directory must have been made with, for this model to read it."""
+    """Returns the recipe's fields that data must have been prepared with for this model."""
     recipe: dict[str, int | str] = {"image_size": model.clip.image_size, "max_frames": max_frames}
     if model.sound_weight:
         recipe |= {"fbank_frames": model.ast.fbank_frames, "mel_bins": model.ast.mel_bins}

@@ -81,7 +81,7 @@ class Splits:
         parts = cache.frozen_parts(self._model, rates, params)
         for split in self._splits.values():
             if not cache.has_split(directory, split.name):
-                say(f"{split.name}: not in the cache {directory}: everything is computed")
+                say(f"{split.name}: not in the cache {directory}, so everything is computed")
                 continue
             found = cache.open_split(
                 directory, self._for_cache(split), self._model, params, parts, mesh
@@ -126,7 +126,7 @@ class Splits:
         return self._for_cache(opened), batches
 
     def _reading(self, split: Any) -> dict[str, Any]:
-        """Returns what to read of a split: what the model wants, but for what a cache holds."""
+        """Returns what to read of a split: what the model needs and no cache holds."""
         parts = self._cached_parts(split)
         return {
             "max_words": self._config["data"]["max_words"],
@@ -142,7 +142,7 @@ class Splits:
         return found.parts if found else frozenset()
 
     def _with_cache(self, split: Any, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Lays what the cache holds of a split over its batches."""
+        """Adds what the cache holds of a split to its batches."""
         found = self._caches.get(split.name)
         if found is None:
             return batches
@@ -183,7 +183,7 @@ class Splits:
         per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
         say(
             f"training on {split.num_clips} clips, {split.num_pairs} captions: "
-            f"{per_epoch} steps an epoch"
+            f"{per_epoch} steps per epoch"
         )
         return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
 

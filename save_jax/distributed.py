@@ -22,7 +22,7 @@ SHUTDOWN = 60  # seconds that finished processes wait for those that still write
 
 
 def cluster() -> str:
-    """The cluster whose variables this environment has, of those that JAX can read; "" = none."""
+    """Returns the cluster manager that JAX finds in this environment; "" = none."""
     environment = os.environ
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
         return "SLURM"
@@ -74,7 +74,7 @@ def join(
         where = coordinator or cluster() or "an environment that JAX detects"
         raise UserError(
             f"could not join the other processes by {where}: {_first_line(error)}\nStart the same "
-            "command once a process, with the same --coordinator and --num_processes and a "
+            "command once per process, with the same --coordinator and --num_processes and a "
             "--process_id of its own, or without them under SLURM, Open MPI, Cloud TPU, Kubernetes."
         ) from error
 
@@ -104,7 +104,7 @@ def hold(workdir: files.Path) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def exit_if_peer_lost() -> Generator[None, None, None]:
-    """Ends this process, code 1 and one message, when a computation fails for want of another.
+    """Exits with code 1 and one message when a collective fails because another process died.
 
     The others' results will never come; waiting for them at exit would only hang.
     """
@@ -117,7 +117,7 @@ def exit_if_peer_lost() -> Generator[None, None, None]:
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} lost contact with "
             f"another, which has probably died (see its own output): {_first_line(error)}\n"
-            "Stopped. The same command, for all processes, goes on from the last checkpoint.",
+            "Stopped. The same command, for all processes, resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -51,6 +51,11 @@ _NETWORK = (
 
 Arguments = ParamSpec("Arguments")
 
+EXIT_CODES = (
+    "exit codes: 0 done; 2 a mistake in what you gave; 75 interrupted, or a machine's outage: run "
+    "the same command again; 1 a fault of the program, or training that broke down"
+)
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: a path, a config value, a file's contents.
@@ -64,7 +69,7 @@ class OutageError(Exception):
     """The machine, its network or a store failed, and no data is at fault: the run can be resumed.
 
     The message names what failed, what the system said, and what to do. Entry points print it on
-    stderr without a traceback and exit with code 75: the same command goes on from there.
+    stderr without a traceback and exit with code 75: the same command resumes.
     """
 
 

@@ -27,11 +27,11 @@ class EvaluationSet(NamedTuple):
     Attributes:
         split: its name.
         batches: starts a pass over all clips, for embedding them.
-        video_ids: one a clip.
+        video_ids: one per clip.
         captions: the queries.
         caption_ids: int32 [captions, L], their byte-pair ids.
         video_of_caption: int32 [captions], the row of each caption's clip.
-        groups: one query group a caption, "" for none.
+        groups: one query group per caption, "" for none.
         settings: what else the results depend on, for their protocol (`config.protocol`).
     """
 
@@ -80,7 +80,7 @@ class Evaluator:
     def embed_videos(
         self, params: Parameters, data: EvaluationSet
     ) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [videos, F, D] unit frames and bool [videos, F] masks, in the split's order."""
+        """Returns float32 [videos, F, D] unit frames and bool [videos, F] masks, in split order."""
         frames: np.ndarray | None = None
         mask: np.ndarray | None = None
         progress = Progress("embedding videos", len(data.video_ids))
@@ -99,7 +99,7 @@ class Evaluator:
         return frames, mask
 
     def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
-        """float32 [captions, D], unit vectors."""
+        """Returns float32 [captions, D], unit vectors."""
         embeddings = []
         for start in range(0, len(caption_ids), self._batch_size):
             ids = caption_ids[start : start + self._batch_size]
@@ -110,7 +110,7 @@ class Evaluator:
     def similarity(
         self, params: Parameters, text: np.ndarray, frames: np.ndarray, mask: np.ndarray
     ) -> np.ndarray:
-        """float32 [captions, videos], computed tile by tile."""
+        """Returns float32 [captions, videos], computed tile by tile."""
         logit_scale = np.asarray(params["clip.logit_scale"])
         scores = np.empty((len(text), len(frames)), np.float32)
         rows, columns = min(CAPTIONS_AT_ONCE, len(text)), min(VIDEOS_AT_ONCE, len(frames))
@@ -127,7 +127,7 @@ class Evaluator:
         return scores
 
     def evaluate(self, params: Parameters, data: EvaluationSet) -> tuple[np.ndarray, dict]:
-        """The similarity matrix and the metrics of a split (`metrics.retrieval_metrics`)."""
+        """Returns a split's similarity matrix and metrics (`metrics.retrieval_metrics`)."""
         text = self.embed_captions(params, data.caption_ids)
         frames, mask = self.embed_videos(params, data)
         scores = self.similarity(params, text, frames, mask)
@@ -136,7 +136,7 @@ class Evaluator:
 
 
 def protocol(data: EvaluationSet, selection: str) -> dict:
-    """Which question the metrics answer: without it, two tables cannot be compared."""
+    """Returns what the metrics depend on: without it, two tables cannot be compared."""
     videos, captions = len(data.video_ids), len(data.captions)
     captioned = len(np.unique(data.video_of_caption))
     return {

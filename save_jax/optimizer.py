@@ -29,7 +29,7 @@ class OptimizerConfig:
         clip: all transformer blocks of both CLIP towers, `ln_final`, `text_projection`,
             `ln_post`, `proj`, `logit_scale`.
         clip_stem: CLIP's embeddings, positions, patch convolution and `ln_pre`.
-        ast: AST but for its final LayerNorm.
+        ast: AST without its final LayerNorm.
         ast_norm: AST's final LayerNorm.
         new: what SAVE adds: audio projection, resampler, fusion blocks, positions.
         query_tokens: the resampler's queries.
@@ -56,7 +56,7 @@ ALL_FROZEN = OptimizerConfig(
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter, by its name (`save_jax.parameters`)."""
+    """Returns the group of a parameter, by its name (`save_jax.parameters`)."""
     if name == "audio_resampler.query_tokens":
         return "query_tokens"
     if name.startswith("ast."):
@@ -81,7 +81,7 @@ def partition(parameters: Parameters, config: OptimizerConfig) -> tuple[Paramete
 
 
 def schedule(peak: float, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over the first tenth, then half a cosine over *all* steps.
+    """Makes the schedule: linear warm-up over the first tenth, then half a cosine over *all* steps.
 
     With x = step/total: peak·x/0.1 while x < 0.1, else peak·(1 + cos πx)/2. Steps count from 0, so
     the first update has rate 0 (its moments still advance).
@@ -97,7 +97,7 @@ def schedule(peak: float, total_steps: int) -> optax.Schedule:
 
 
 def global_norm(tree: optax.Updates) -> jax.Array:
-    """Euclidean norm of all entries together, in float32."""
+    """Returns the Euclidean norm of all entries together, in float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(tree)))
 
 
@@ -139,7 +139,7 @@ class BertAdamState(NamedTuple):
 
 
 def scale_by_bert_adam() -> optax.GradientTransformation:
-    """m/(√v + ε) without bias correction; `optax.scale_by_adam` always corrects."""
+    """Scales to m/(√v + ε) without bias correction; `optax.scale_by_adam` always corrects."""
 
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -155,7 +155,7 @@ def scale_by_bert_adam() -> optax.GradientTransformation:
 
 
 def is_decayed(name: str) -> bool:
-    """Everything decays but biases: LayerNorm scales do too (spec section 7)."""
+    """Says whether a parameter decays: all but biases, LayerNorm scales too (spec section 7)."""
     return not name.endswith(".bias")
 
 
@@ -190,7 +190,7 @@ def make_optimizer(
 
 
 def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
-    """The rate of each trained group at the update that follows `step` updates."""
+    """Returns the rate of each trained group at the update that follows `step` updates."""
     return {
         name: float(np.asarray(schedule(config.rate(name), config.total_steps)(step)))
         for name in GROUPS
@@ -199,7 +199,7 @@ def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
 
 
 def describe(parameters: Parameters, config: OptimizerConfig) -> str:
-    """The table printed at the start of a run: each group's size, rate and decay."""
+    """Formats the table printed at the start of a run: each group's size, rate and decay."""
     sizes, biases = collections.Counter(), collections.Counter()
     for name, value in parameters.items():
         sizes[group_of(name)] += value.size

@@ -15,7 +15,7 @@ from save_jax import files
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8s, 3m05s, 2h10m."""
+    """Formats seconds: 8s, 3m05s, 2h10m."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -55,8 +55,8 @@ def say(text: str) -> None:
 class Writer:
     """Scalars of a run, to metrics.jsonl and to TensorBoard; only the first process writes.
 
-    Going on after an interruption, lines beyond the restored step are dropped: they will be
-    written again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
+    After an interruption, lines beyond the restored step are dropped: they will be written
+    again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
     there, both are written here first and copied by `sync`.
     """
 
@@ -84,7 +84,7 @@ class Writer:
         self._events = SummaryWriter(str(self._here), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line {"step": …, …} and one TensorBoard point a scalar."""
+        """Writes one line {"step": …, …} and one TensorBoard point per scalar."""
         if self._lines is None or self._events is None:
             return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -128,6 +128,6 @@ def writing(
 
 
 def warn(text: str) -> None:
-    """A warning on stderr, from the first process only."""
+    """Prints a warning on stderr, from the first process only."""
     if jax.process_index() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -291,7 +291,7 @@ def test_other_weights_are_refused_by_name(cached, open_data, parameter, arrays)
     if not arrays:  # these do not make what is cached
         open_data(cached, params=changed)
         return
-    with pytest.raises(UserError, match="made of something else") as error:
+    with pytest.raises(UserError, match="does not belong to this run") as error:
         open_data(cached, params=changed)
     lines = str(error.value).splitlines()[1:-1]
     assert [line.split(":")[0].strip() for line in lines] == arrays

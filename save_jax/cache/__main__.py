@@ -1,4 +1,4 @@
-"""Writes what frozen encoders make of a data set, so that training need not make it again.
+"""Writes the outputs of frozen encoders for a data set, so that training can read them.
 
 python -m save_jax.cache --config=configs/msrvtt.py --init_from=PATH --out=DIR [--parts=...]
     [--config.KEY=VALUE ...]
@@ -20,7 +20,10 @@ from save_jax.errors import UserError, exit_codes
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "out", None, "Where the cache goes; it may be there in part.", flag_values=values
+        "out",
+        None,
+        "Directory of the cache; one that is incomplete is resumed.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "init_from",

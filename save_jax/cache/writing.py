@@ -59,7 +59,8 @@ class _Files:
                 lines.append(f"  {name}: stored as {entry['dtype']} there, {dtypes[name]} here")
         if lines:
             raise UserError(
-                f"{directory} holds a cache of something else:\n"
+                f"{directory} holds a cache of something else (there: the cache, here: this "
+                "command):\n"
                 + "\n".join(lines)
                 + "\nChoose another --out, or remove that directory."
             )
@@ -113,12 +114,12 @@ class _Files:
             raise UserError(f"{path}: no room for {_bytes(size)}: {error.strerror}") from error
 
     def done(self, names: Sequence[str]) -> int:
-        """Rows that all of these arrays have; the same on every process."""
+        """Returns how many rows all of these arrays have; the same on every process."""
         least = min((self._entries[name]["done"] for name in names), default=0)
         return int(multihost_utils.broadcast_one_to_all(np.int32(least)))
 
     def unfinished(self, part: Callable[[str], bool]) -> list[str]:
-        """The arrays of some parts that lack rows; the same on every process."""
+        """Returns the arrays of some parts that lack rows; the same on every process."""
         names = [name for name in self._wanted if part(ARRAYS[name])]
         return [name for name in names if self.done([name]) < self._entries[name]["shape"][0]]
 
@@ -166,7 +167,7 @@ def write(
     mesh: jax.sharding.Mesh,
     batch_size: int,
 ) -> None:
-    """Writes the cache of a split, or what is missing of it.
+    """Writes the cache of a split, or resumes an incomplete one.
 
     Args:
         directory: the cache, DIR.
