@@ -1,6 +1,7 @@
 # make demo: SAVE and its two baselines, trained on clips that the demo makes itself.
 # TRANSCRIBE=1 make demo: the same, with what Whisper hears in the clips instead of their scripts.
 # make test: lint and every test. Each sets up its own environment in .venv first.
+# make soak: what takes too long for every change; see tests/README.md.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,13 +11,15 @@ WHISPER ?= tiny.en
 HEARD = $(filter-out 0,$(TRANSCRIBE))
 DEMO ?= $(if $(HEARD),runs/demo_whisper,runs/demo)
 SEED ?= 0
+# Of `make soak`: the prepared demo that its SLURM test trains on; made if absent.
+SLURM_DEMO ?= demo_data
 # Extra flags for the demo's three runs, say FLAGS=--config.steps=20 for a first look.
 FLAGS ?=
 
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo transcribe test lint clean
+.PHONY: demo transcribe test soak lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -56,6 +59,10 @@ lint: $(VENV)/.test
 
 test: lint
 	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile
+
+soak: $(VENV)/.test
+	$(VENV)/bin/python -m pytest tests/soak -m soak --capture=no -p no:xdist
+	PYTHON=$(abspath $(VENV)/bin/python) tests/launch/test_slurm.sh $(SLURM_DEMO)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

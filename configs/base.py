@@ -50,10 +50,10 @@ def apply_model(config: ConfigDict, name: str) -> None:
 
 
 def get_config() -> ConfigDict:
-    """SAVE at full size, without a data set."""
+    """Returns SAVE at full size, without a data set."""
     config = ConfigDict()
-    # "train" goes on from what the workdir holds. "evaluate" takes model, loss, words and frames
-    # from the config.json of the run that it evaluates.
+    # "train" resumes what the workdir holds. "evaluate" takes model, loss, words and frames from
+    # the config.json of the run that it evaluates.
     config.mode = "train"
     config.seed = 0
     config.init_from = ""  # a run, or PyTorch weights (see save_jax/README.md); "" starts at random
@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
 
     config.batch_size = 128  # global: over all devices of all hosts
-    # Clips encoded at once, over all devices; 0: the whole batch. The same result for less memory,
-    # but for what is kept of frozen encoders: 3.7 MB a clip in float32, 1.9 MB in bfloat16.
+    # Clips encoded at once, over all devices; 0: the whole batch. The same result in less memory,
+    # plus the outputs of frozen encoders: 3.7 MB per clip in float32, 1.9 MB in bfloat16.
     config.micro_batch = 0
     config.eval_batch_size = 64
     config.epochs = 5
@@ -70,8 +70,8 @@ def get_config() -> ConfigDict:
     config.eval_every = 1  # epochs between evaluations; the last step is always evaluated
     config.checkpoint_every = 500  # steps; evaluated steps are always kept
     config.log_every = 20  # steps; runs of up to 100 steps log each
-    # Devices an axis; -1: all that remain. Batches are split over both axes, parameters and the
-    # optimiser's state along fsdp too: for models that are too large for one device.
+    # Devices along each axis; -1: all that remain. Batches are sharded over both axes, parameters
+    # and optimiser state along fsdp too: for models that are too large for one device.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
 
     config.data = ConfigDict(
@@ -87,13 +87,13 @@ def get_config() -> ConfigDict:
         }
     )
 
-    # What frozen encoders make, read instead of computed: the --out of `python -m save_jax.cache`.
+    # Outputs of frozen encoders, read instead of computed: the --out of `python -m save_jax.cache`.
     # AST is frozen as it is; with optimizer.clip=0, which is close to the reference (its float16
     # CLIP hardly moves), CLIP is too, and a step is many times as fast.
     config.cache = ConfigDict({"dir": ""})
 
-    # The branches' weights (one of weight 0 does not exist), sizes, and what is computed again in
-    # the backward pass: save_jax/models/save.py says what each key means.
+    # The branches' weights (one of weight 0 does not exist), sizes, and what is recomputed in the
+    # backward pass: save_jax/models/save.py says what each key means.
     config.model = ConfigDict(
         {
             **_defaults(SAVEConfig, "dtype"),
@@ -112,6 +112,8 @@ def get_config() -> ConfigDict:
     return config
 
 
-def _defaults(cls: type, *without: str) -> dict[str, Any]:
-    """Returns the defaults of a dataclass of the code, where alone each constant stands."""
+def _defaults(
+    cls: type[SAVEConfig] | type[LossConfig] | type[OptimizerConfig], *without: str
+) -> dict[str, Any]:
+    """Returns the defaults of a dataclass of the code, the only place of each constant."""
     return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in without}

@@ -6,14 +6,14 @@ from configs import base
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """The published setting.
+    """Returns the published setting.
 
     Args:
         model: one of `base.MODELS`.
     """
     config = base.get_config()
     # There is no validation split: published results are the best epoch on "test" itself. A run's
-    # summary gives the last epoch, and the best beside it, by that name.
+    # summary gives both the last epoch and the best, so named.
     config.data.update(dataset="charades", variant="default")
     # Clips are half a minute long, and their captions are whole scripts.
     config.data.update(max_frames=32, max_words=64)

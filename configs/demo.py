@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """The demo.
+    """Returns the demo.
 
     Args:
         model: one of `base.MODELS`.
@@ -42,7 +42,7 @@ def get_config(model: str = "save") -> ConfigDict:
         )
     config.model.fusion_layers = 2
     # The reference's 0.02 belongs to a width of 512; √(512/64) times that keeps the variance. With
-    # less, the gates start shut, and nothing that is said gets through in a few minutes.
+    # less, the gates start closed, and a few minutes are too short for speech to be learnt.
     config.model.init_std = 0.06
     config.batch_size = 64
     config.epochs = 7

@@ -13,11 +13,11 @@ from configs import demo
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """The demo; see configs/demo.py."""
+    """Returns the demo; see configs/demo.py."""
     return demo.get_config(model)
 
 
 def sweep() -> Iterator[dict[str, Any]]:
-    """A grid; any Python that yields dictionaries of overrides will do."""
+    """Yields a grid; any Python that yields dictionaries of overrides will do."""
     for rate, seed in itertools.product((3e-4, 1e-3, 3e-3), (0, 1)):
         yield {"optimizer.new": rate, "seed": seed}

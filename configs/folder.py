@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """MSR-VTT's setting, on the splits that captions.csv names.
+    """Returns MSR-VTT's setting, on the splits that captions.csv names.
 
     Args:
         model: one of `base.MODELS`.

@@ -6,14 +6,14 @@ from configs import base
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """The setting of the published results; the released code has no loader for this data set.
+    """Returns the published results' setting; the released code has no loader for this data set.
 
     Args:
         model: one of `base.MODELS`.
     """
     config = base.get_config()
     # Evaluated on "test", the challenge's 1,000 clips, as published results are. "val" has 7,408:
-    # its results are no match for those of "test", but an epoch can be chosen by them
+    # its results cannot be compared with those of "test", but can choose an epoch
     # (--config.data.eval_split=val).
     config.data.update(dataset="lsmdc", variant="default")
     base.apply_model(config, model)

@@ -8,15 +8,15 @@ SPLITS = ("9k", "7k", "7k-1ka")
 
 
 def get_config(options: str = "9k") -> ConfigDict:
-    """The published setting.
+    """Returns the published setting.
 
     Args:
         options: a split ("9k", "7k", "7k-1ka") and a model (`base.MODELS`), comma-separated.
     """
     config = base.get_config()
     # 9k and 7k-1ka have no validation split: published results are the best epoch on "test" itself,
-    # JSFusion's 1,000 clips with a caption each. A run's summary gives the last epoch, and the best
-    # beside it, by that name. 7k has a "val"; its "test" is 2,990 clips with 20 captions each.
+    # JSFusion's 1,000 clips with a caption each. A run's summary gives both the last epoch and the
+    # best, so named. 7k has a "val"; its "test" is 2,990 clips with 20 captions each.
     config.data.dataset, config.data.variant = "msrvtt", "9k"
     for option in options.split(","):
         if option in SPLITS:

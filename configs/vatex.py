@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config(model: str = "save") -> ConfigDict:
-    """The published setting.
+    """Returns the published setting.
 
     Args:
         model: one of `base.MODELS`.

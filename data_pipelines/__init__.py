@@ -2,6 +2,8 @@
 
 import os
 
+from save_jax import errors as errors  # first: with it, Ctrl-C ends a start with one message
+
 # TensorFlow reads these when it is imported. It only decodes images here, so that its faster matrix
 # products are of no use; announcing them, and its other greetings, would take up the screen.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

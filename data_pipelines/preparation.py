@@ -13,7 +13,7 @@ from etils import epath
 from data_pipelines import datasets, outages, prepared, sidecars
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.sidecars import Speech
-from save_jax import files
+from save_jax import locks
 from save_jax.errors import UserError
 
 TRANSCRIPTS = ("file", "whisper", "none")
@@ -81,7 +81,7 @@ def prepare(
 
     processors = os.cpu_count() or 1
     # In a bucket, too: on two machines, each would remove what the other has written so far.
-    with files.hold(directory, beside=prepared.lock_path(directory), wait=wait):
+    with locks.hold(directory, beside=prepared.lock_path(directory), wait=wait):
         if _is_done(directory, recipe, speech):  # by the process that was waited for
             return directory
         if dataset == "demo":

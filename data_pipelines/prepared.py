@@ -43,7 +43,7 @@ def notes_directory(directory: epath.Path) -> epath.Path:
 
 
 def lock_path(directory: epath.Path) -> epath.Path:
-    """The file by which a process holds a directory (`files.hold`) while it prepares it."""
+    """The file by which a process holds a directory (`locks.hold`) while it prepares it."""
     return directory.with_name(f"{directory.name}.lock")
 
 

@@ -1,11 +1,11 @@
 """The contract between the data pipelines and the model: every array of a batch.
 
-B = clips in this batch, F = frames a clip, L = text tokens, T = filterbank frames (1024 at full
-size), M = mel bins (128), D = CLIP's shared width. Arrays a config does not use (sound in
-CLIP4Clip, say) are None: they are neither decoded, nor sent to the device. So are the inputs of an
-encoder whose results come with the batch, out of a cache (`save_jax.cache`).
+B = clips in this batch, F = frames per clip, L = text tokens, T = filterbank frames (1024 at full
+size), M = mel bins (128), D = CLIP's shared width. Arrays that a config does not use (sound
+in CLIP4Clip) are None: they are neither decoded nor sent to the device. So are the inputs of an
+encoder whose outputs come with the batch, from a cache (`save_jax.cache`).
 
-And of the other way, from the model to the pipelines: the teacher that preparation embeds clips by.
+In the other direction, from model to pipelines: `Embed`, the teacher that preparation calls.
 """
 
 from collections.abc import Callable
@@ -42,12 +42,12 @@ class Batch(NamedTuple):
             that only fills up the last batch of an evaluation.
         caption_index: int32 [B], the caption's row in the split's table of captions; None in
             batches that are for embedding videos, and on the device, where nothing needs it.
-        frame_embeddings: [B, F, D], what CLIP makes of `frames`, before positions; from a cache,
-            as are those below: float32 or bfloat16, or None to compute them.
-        caption_embeddings: [B, D], what CLIP makes of `caption_ids`, not normalised.
-        ast_states: [B, states, width], what AST's trunk makes of `fbank`, before its last
+        frame_embeddings: [B, F, D], CLIP's outputs for `frames`, before positions; from a cache, as
+            are those below: float32 or bfloat16, or None to compute them.
+        caption_embeddings: [B, D], CLIP's outputs for `caption_ids`, not normalised.
+        ast_states: [B, states, width], the outputs of AST's trunk for `fbank`, before its last
             LayerNorm.
-        speech_states: [B, L, D], what CLIP makes of `transcript_ids`.
+        speech_states: [B, L, D], CLIP's outputs for `transcript_ids`.
     """
 
     frames: Array | None

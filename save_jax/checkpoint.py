@@ -91,7 +91,7 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The last complete checkpoint's step, or None."""
+        """Returns the last complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
@@ -129,7 +129,7 @@ class Checkpoints:
 
 
 def is_ours(path: str | os.PathLike) -> bool:
-    """Whether a path is a run's directory, or one of its checkpoints, which is complete."""
+    """Says whether a path is a run's directory, or one complete checkpoint of it."""
     path = files.path(path)
     return _is_one(path) or any(
         child.name.isdigit() and is_complete(child)
@@ -139,7 +139,7 @@ def is_ours(path: str | os.PathLike) -> bool:
 
 
 def is_complete(checkpoint: files.Path) -> bool:
-    """Whether orbax has written all of a STEP directory, if there is one of that name.
+    """Says whether orbax has written all of a STEP directory, if there is one of that name.
 
     On a disk, and in s3://, it has that name only then; in gs:// it holds a file that says so.
     """
@@ -151,7 +151,7 @@ def _is_one(path: files.Path) -> bool:
 
 
 def find(path: str | os.PathLike) -> files.Path:
-    """The checkpoint a path means: itself, or the latest of a workdir.
+    """Returns the checkpoint that a path means: itself, or the latest of a workdir.
 
     Raises:
         UserError: there is none, naming what was looked for.
@@ -179,7 +179,7 @@ def find(path: str | os.PathLike) -> files.Path:
 
 
 def workdir_of(path: str | os.PathLike) -> files.Path:
-    """The run's directory that a path to a run or to a checkpoint (see `find`) belongs to.
+    """Returns the run's directory for a path to a run or to a checkpoint (see `find`).
 
     Raises:
         UserError: as `find`.
@@ -189,7 +189,7 @@ def workdir_of(path: str | os.PathLike) -> files.Path:
 
 
 def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
-    """Names, shapes and dtypes of a checkpoint's arrays.
+    """Reads names, shapes and dtypes of a checkpoint's arrays.
 
     Raises:
         UserError: the directory is not a checkpoint of ours.
@@ -231,7 +231,7 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
 
 
 def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Parameters]:
-    """The step and the parameters of a checkpoint, without its optimiser state.
+    """Reads the step and the parameters of a checkpoint, without its optimiser state.
 
     Args:
         path: a workdir or a checkpoint in it.
@@ -254,7 +254,7 @@ def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Par
 
 
 def parameter_shapes(path: str | os.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and dtypes of a checkpoint's parameters, whatever model they are of.
+    """Reads names, shapes and dtypes of a checkpoint's parameters, of whatever model.
 
     Raises:
         UserError: no complete checkpoint there.
@@ -263,8 +263,10 @@ def parameter_shapes(path: str | os.PathLike) -> dict[str, jax.ShapeDtypeStruct]
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
 
 
-def read_parameters(path: str | os.PathLike, like: Parameters) -> dict[str, np.ndarray]:
-    """Some or all parameters of a checkpoint in host memory, whatever devices it was written on.
+def read_parameters(
+    path: str | os.PathLike, like: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    """Reads parameters of a checkpoint into host memory, whatever devices it was written on.
 
     Args:
         path: a workdir or a checkpoint in it.
@@ -280,7 +282,7 @@ def read_parameters(path: str | os.PathLike, like: Parameters) -> dict[str, np.n
 
 
 def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: Any) -> Any:
-    """The wanted arrays of a checkpoint, each restored as its argument says.
+    """Restores the wanted arrays of a checkpoint, each as its argument says.
 
     Raises:
         UserError: its arrays cannot be read.
@@ -305,8 +307,8 @@ def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageE
             "resumes."
         )
     return UserError(
-        f"{checkpoint} cannot be read, it is damaged or out of this user's reach: {error}. Remove "
-        "a damaged one, to go on from the one before."
+        f"{checkpoint} cannot be read: it is damaged, or this user may not read it: {error}. "
+        "Remove a damaged one to resume from the one before."
     )
 
 

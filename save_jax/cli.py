@@ -15,7 +15,7 @@ from ml_collections import config_flags
 import configs
 from save_jax import config as configuration
 from save_jax import distributed
-from save_jax.errors import UserError
+from save_jax.errors import EXIT_CODES, UserError
 
 DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
 
@@ -62,14 +62,13 @@ def parse(
     define(values)
     _define_processes(values)
     if any(arg.lstrip("-") in ("help", "h", "helpfull", "helpshort") for arg in rest):
-        print(f"{description.strip()}\n\n{values.get_help()}")
+        print(f"{description.strip()}\n\n{values.get_help()}\n\n{EXIT_CODES}")
         sys.exit(0)
-    with configuration.user_errors():
-        stray = values(ordered)[1:]
-        config = values.config.to_dict()
+    stray = configuration.parse_flags(values, ordered)
     if stray:
         raise UserError(f"unexpected arguments: {' '.join(stray)}")
-    return CommandLine(config, tuple(config_flags.get_override_values(values["config"])), values)
+    explicit = tuple(config_flags.get_override_values(values["config"]))
+    return CommandLine(values.config.to_dict(), explicit, values)
 
 
 def define_trust_archive(values: flags.FlagValues) -> None:
@@ -86,17 +85,19 @@ def _define_processes(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT of process 0, of several, where no cluster tells it.",
+        "HOST:PORT of process 0 of several, where no cluster manager sets it.",
         flag_values=values,
     )
-    flags.DEFINE_integer("num_processes", None, "How many, with --coordinator.", flag_values=values)
     flags.DEFINE_integer(
-        "process_id", None, "Which one, from 0, with --coordinator.", flag_values=values
+        "num_processes", None, "How many processes, with --coordinator.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "Which process this is, from 0, with --coordinator.", flag_values=values
     )
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Join other processes even if this does not look like a cluster.",
+        "Join other processes even where no cluster manager is recognised.",
         flag_values=values,
     )
 
@@ -105,7 +106,7 @@ def join_processes(values: flags.FlagValues) -> None:
     """Joins the other processes of this run that the flags or the environment tell of.
 
     Raises:
-        UserError: see `processes.join`.
+        UserError: see `distributed.join`.
     """
     distributed.join(
         values.coordinator, values.num_processes, values.process_id, values.distributed

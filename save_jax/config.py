@@ -3,16 +3,18 @@
 The only reader of config files, and the only place that sets how exactly matrices are multiplied.
 """
 
-import contextlib
 import dataclasses
 import math
+import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from save_jax import files
 from save_jax.errors import UserError
@@ -21,8 +23,24 @@ from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 
+Built = TypeVar(
+    "Built",
+    bound=clip.CLIPConfig | ast.ASTConfig | SAVEConfig | LossConfig | OptimizerConfig,
+)
+
 DTYPES = ("float32", "bfloat16")
 AMPERE = (8, 0)  # NVIDIA's compute capability that brought bfloat16, and cuDNN's fused attention
+# The least value of each count of a config, and what it means.
+COUNTS = {
+    "batch_size": (1, "clips of a training batch, over all devices"),
+    "eval_batch_size": (1, "clips of an evaluation batch, over all devices"),
+    "micro_batch": (0, "clips encoded at a time; 0 encodes the whole batch at once"),
+    "epochs": (1, "passes over the training split"),
+    "steps": (0, "training steps; 0 takes config.epochs"),
+    "eval_every": (1, "epochs between evaluations"),
+    "checkpoint_every": (0, "steps between checkpoints; 0 saves with evaluations only"),
+    "log_every": (1, "steps between progress lines"),
+}
 SIZED = {"clip": (clip.VARIANTS, clip.CLIPConfig), "ast": (ast.VARIANTS, ast.ASTConfig)}
 
 
@@ -38,9 +56,8 @@ def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     values, argv = flags.FlagValues(), ["", f"--config={path}", *overrides]
     define_flag(values, argv)
-    with user_errors():
-        values(argv)
-        return values.config.to_dict()
+    parse_flags(values, argv)
+    return values.config.to_dict()
 
 
 def define_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -55,42 +72,99 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Converts errors from reading a config file and its overrides into UserError."""
+def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses a command line whose --config is defined by `define_flag`; returns what is no flag.
+
+    Raises:
+        UserError: the config file cannot be used, or a flag, a key or a value is wrong.
+    """
+    file = _config_file(argv)
+    if not pathlib.Path(file).is_file():
+        raise UserError(
+            f"--config={file}: expected a config file, found no such file in "
+            f"{pathlib.Path.cwd()}. Give its path, such as configs/msrvtt.py or, with a variant, "
+            "configs/msrvtt.py:7k"
+        )
+    # config_flags loads each file as one module of this name: what an earlier file of this process
+    # defined would still be there, its get_config for one.
+    sys.modules.pop("config_config", None)
     try:
-        yield
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        OSError,
-        UserError,
-    ) as error:
-        raise UserError(_first_cause(error)) from error
+        rest = values(argv)[1:]
+        found = values.config
+        getattr(found, "to_dict", None)  # raises what config_flags has put off, if anything
+    except Exception as error:  # a config file is a program, and can raise anything
+        raise UserError(_explain(error, argv)) from error
+    if not isinstance(found, ConfigDict):
+        raise UserError(
+            f"{file}: expected get_config() to return an ml_collections.ConfigDict, found "
+            f"{type(found).__name__}"
+        )
+    return rest
 
 
-def _first_cause(error: BaseException) -> str:
-    """What went wrong first, in a line: config_flags wraps it, traceback and all."""
-    if "Traceback" not in str(error) and not isinstance(error, (AttributeError, KeyError)):
-        return str(error)
-    # ConfigDict says of its own keys that they are no attributes; other KeyErrors are the file's.
-    of_config = False
-    while error.__cause__ or error.__context__:
-        of_config |= isinstance(error, AttributeError)
-        error = error.__cause__ or error.__context__
-    if isinstance(error, KeyError) and of_config:
-        return f"unknown config key {error}; the keys are in configs/base.py and in the config file"
-    return f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+def _config_file(argv: Sequence[str]) -> str:
+    """Returns the file that a command line's --config names, without the variant."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            return (value if equals else following).partition(":")[0]
+    return ""
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    """Says what went wrong first: config_flags wraps it, traceback and all."""
+    file, chain = _config_file(argv), [error]
+    while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, Exception):
+        chain.append(cause)
+    first = chain[-1]
+    found = f"{type(first).__name__}: {first}"
+    if isinstance(first, UserError):
+        return str(first)
+    if isinstance(first, SyntaxError):
+        return f"{first.filename}, line {first.lineno}: expected Python, found {found}"
+    for raised in reversed(chain):
+        frames = traceback.extract_tb(raised.__traceback__)
+        if lines := [frame.lineno for frame in frames if frame.filename == file]:
+            return (
+                f"{file}, line {lines[-1]}: {type(raised).__name__}: {raised}. Correct the file: "
+                "expected a get_config() that returns an ml_collections.ConfigDict "
+                "(configs/README.md)"
+            )
+    if isinstance(first, AttributeError) and "get_config" in found:
+        return (
+            f"{file}: expected a function get_config() that returns an ml_collections.ConfigDict, "
+            "found none; configs/README.md shows one"
+        )
+    if isinstance(first, TypeError) and "get_config" in found:
+        return f"{file}: its get_config takes other arguments than the variant given: {first}"
+    for part, (variants, _) in SIZED.items():
+        key = f"config.model.{part}"
+        names = [arg.lstrip("-").partition("=")[0] for arg in argv]
+        choices = (
+            f"Choose a variant ({', '.join(variants)}) in a config that names one, or set sizes in "
+            "a config file of your own, as configs/demo.py does"
+        )
+        inner = next((name for name in names if name.startswith(f"{key}.")), "")
+        if inner and "string indices" in found:
+            return f"--{inner}: {key} is a named variant here, which fixes all sizes. {choices}"
+        if key in names and "as a ConfigDict" in str(error):
+            return (
+                f"--{key}: expected a dictionary of sizes, because this config has one. {choices}"
+            )
+    if isinstance(first, KeyError):
+        key = str(first.args[0]).rpartition("lookup: ")[2]
+        return f"unknown config key {key!r}; the keys are in configs/base.py and in the config file"
+    return found if isinstance(first, AttributeError) else str(error)
 
 
 def sizes_of(
-    key: str, value: str | Mapping[str, int], variants: Mapping[str, Any], cls: type
-) -> Any:
-    """A named variant, or a mapping of sizes; sizes left out are those of the default variant."""
+    key: str, value: str | Mapping[str, int], variants: Mapping[str, Built], cls: type[Built]
+) -> Built:
+    """Returns a named variant, or one of given sizes; sizes left out are the default variant's.
+
+    Raises:
+        UserError: an unknown name or size.
+    """
     if isinstance(value, str):
         if value not in variants:
             raise UserError(
@@ -101,8 +175,8 @@ def sizes_of(
     return _build(key, cls, value)
 
 
-def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from a mapping; unknown fields are named."""
+def _build(key: str, cls: type[Built], values: Mapping[str, Any]) -> Built:
+    """Makes a dataclass from a mapping; raises UserError that names unknown fields."""
     fields = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -115,7 +189,7 @@ def _build(key: str, cls: type, values: Mapping[str, Any]) -> Any:
 def model_config(
     config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
 ) -> SAVEConfig:
-    """Sizes and branches of the model a config describes.
+    """Returns sizes and branches of the model that a config describes.
 
     Args:
         config: all of a config's values.
@@ -170,7 +244,7 @@ def model_config(
 
 
 def _capability(device: jax.Device) -> tuple[int, ...] | None:
-    """An NVIDIA GPU's compute capability, say (8, 6); None for any other device."""
+    """Returns an NVIDIA GPU's compute capability, say (8, 6); None for any other device."""
     # AMD's GPUs are "gpu" to JAX too, and name their architecture here: gfx942.
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return tuple(map(int, found.groups())) if found else None
@@ -190,7 +264,7 @@ def _check_bfloat16(devices: Sequence[jax.Device]) -> None:
 
 
 def _attention(model: SAVEConfig, devices: Sequence[jax.Device]) -> str:
-    """The attention kernel that a config's value means on these devices.
+    """Returns the attention kernel that a config's value means on these devices.
 
     Raises:
         UserError: cuDNN's is asked for, and cannot be had.
@@ -207,7 +281,7 @@ def _attention(model: SAVEConfig, devices: Sequence[jax.Device]) -> str:
     if model.dtype != "bfloat16" or not all(map(_capability, devices)):
         obstacle = "an NVIDIA GPU and config.dtype = 'bfloat16'"
     elif unfit:
-        obstacle = "heads of 8, 16, … 128 channels, and those here have: " + ", ".join(unfit)
+        obstacle = "attention heads of 8, 16, … 128 channels; here they have: " + ", ".join(unfit)
     if kernel == "auto":
         return "xla" if obstacle else "cudnn"
     if kernel == "cudnn" and obstacle:
@@ -245,24 +319,24 @@ def check_run(config: Mapping[str, Any]) -> None:
     """Raises UserError for a mode that does not exist, a count out of its range, a remote cache."""
     if config["mode"] not in ("train", "evaluate"):
         raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
-    least = {"epochs": 1, "steps": 0, "eval_every": 1, "checkpoint_every": 0, "log_every": 1}
-    for key, minimum in least.items():
-        if config[key] < minimum:
-            raise UserError(f"config.{key} = {config[key]}: expected at least {minimum}")
+    for key, (least, meaning) in COUNTS.items():
+        if config[key] < least:
+            raise UserError(f"config.{key} = {config[key]}: expected at least {least} ({meaning})")
     if files.is_remote(config["cache"]["dir"]):
         raise UserError(
             f"config.cache.dir = {config['cache']['dir']!r}: expected a directory on a disk, "
             "because a cache is mapped into memory; copy it to one that all processes see"
         )
     micro, batch = config["micro_batch"], config["batch_size"]
-    if micro and (micro < 0 or batch % micro):
+    if micro and batch % micro:
         raise UserError(
-            f"config.micro_batch = {micro}: expected a divisor of config.batch_size = {batch}, or 0"
+            f"config.micro_batch = {micro}: expected a divisor of config.batch_size = {batch}, or "
+            "0 for the whole batch"
         )
 
 
 def loss_config(config: Mapping[str, Any]) -> LossConfig:
-    """Constants of the objective.
+    """Returns the constants of the objective.
 
     Raises:
         UserError: soft-ALBEF is asked for without the sound branch that it aligns.
@@ -270,14 +344,14 @@ def loss_config(config: Mapping[str, Any]) -> LossConfig:
     loss = _build("loss", LossConfig, config["loss"])
     if loss.soft_albef_weight and not config["model"]["sound_weight"]:
         raise UserError(
-            "config.loss.soft_albef_weight > 0 needs sound: set it to 0, or "
-            "config.model.sound_weight above 0"
+            "config.loss.soft_albef_weight > 0 needs sound, and config.model.sound_weight is 0: "
+            "set the former to 0, or the latter above 0"
         )
     return loss
 
 
 def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerConfig:
-    """Rates and decay of the groups over a run of `total_steps`."""
+    """Returns rates and decay of the groups over a run of `total_steps`."""
     values = dict(config["optimizer"])
     for key, value in values.items():
         if not math.isfinite(value) or value < 0:
@@ -285,9 +359,9 @@ def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerCo
     return _build("optimizer", OptimizerConfig, {**values, "total_steps": total_steps})
 
 
-def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int]:
-    """What a prepared directory must have been made with, for this model to read it."""
-    recipe = {"image_size": model.clip.image_size, "max_frames": max_frames}
+def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int | str]:
+    """Returns the recipe's fields that data must have been prepared with for this model."""
+    recipe: dict[str, int | str] = {"image_size": model.clip.image_size, "max_frames": max_frames}
     if model.sound_weight:
         recipe |= {"fbank_frames": model.ast.fbank_frames, "mel_bins": model.ast.mel_bins}
     return recipe

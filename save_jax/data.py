@@ -14,7 +14,7 @@ from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.parameters import Parameters
-from save_jax.progress import say
+from save_jax.progress import say, warn
 
 SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 
@@ -36,7 +36,8 @@ class Splits:
             from save_jax.tokenizer import Tokenizer
         except ImportError as error:
             raise UserError(
-                f"reading data needs the package {error.name!r}: pip install 'save_jax[data]'"
+                f"reading data needs the package {error.name!r}: pip install -e '.[data]' in the "
+                "project's folder"
             ) from error
         self._pipeline, self._stored = pipeline, splits
         self._config, data = config, config["data"]
@@ -80,7 +81,7 @@ class Splits:
         parts = cache.frozen_parts(self._model, rates, params)
         for split in self._splits.values():
             if not cache.has_split(directory, split.name):
-                say(f"{split.name}: not in the cache {directory}: everything is computed")
+                say(f"{split.name}: not in the cache {directory}, so everything is computed")
                 continue
             found = cache.open_split(
                 directory, self._for_cache(split), self._model, params, parts, mesh
@@ -125,7 +126,7 @@ class Splits:
         return self._for_cache(opened), batches
 
     def _reading(self, split: Any) -> dict[str, Any]:
-        """Returns what to read of a split: what the model wants, but for what a cache holds."""
+        """Returns what to read of a split: what the model needs and no cache holds."""
         parts = self._cached_parts(split)
         return {
             "max_words": self._config["data"]["max_words"],
@@ -141,7 +142,7 @@ class Splits:
         return found.parts if found else frozenset()
 
     def _with_cache(self, split: Any, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Lays what the cache holds of a split over its batches."""
+        """Adds what the cache holds of a split to its batches."""
         found = self._caches.get(split.name)
         if found is None:
             return batches
@@ -163,6 +164,10 @@ class Splits:
                 f"--init_from=… --out={directory}`, or leave config.cache.dir empty."
             )
 
+        aligned = bool(self._config["loss"]["soft_albef_weight"])
+        if aligned:
+            _report_teacher(split)
+
         def batches(start_step: int, total_steps: int) -> Iterator[Batch]:
             read = self._pipeline.train_batches(
                 split,
@@ -170,8 +175,7 @@ class Splits:
                 seed=self._config["seed"],
                 start_step=start_step,
                 total_steps=total_steps,
-                teacher=bool(self._config["loss"]["soft_albef_weight"])
-                and "teacher" not in self._cached_parts(split),
+                teacher=aligned and "teacher" not in self._cached_parts(split),
                 **self._reading(split),
             )
             return self._with_cache(split, read)
@@ -179,7 +183,7 @@ class Splits:
         per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
         say(
             f"training on {split.num_clips} clips, {split.num_pairs} captions: "
-            f"{per_epoch} steps an epoch"
+            f"{per_epoch} steps per epoch"
         )
         return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
 
@@ -223,6 +227,30 @@ def open_splits(config: dict[str, Any]) -> Splits:
     if config["data"]["dataset"] == "demo":
         _prepare_demo(config)
     return Splits(config)
+
+
+def _report_teacher(split: Any) -> None:
+    """Says for how many clips of a training split soft-ALBEF has no labels, and warns of none.
+
+    Such clips take no part in that loss (spec section 6), which is 0 where all are such.
+    """
+    with_sound, usable = split.has_audio, split.has_audio & split.has_teacher
+    silent, lacking = int((~with_sound).sum()), int((with_sound & ~split.has_teacher).sum())
+    why = [f"{silent} without an audio track"] * bool(silent)
+    why += [f"{lacking} with sound but without the teacher's vectors"] * bool(lacking)
+    if why and usable.sum() < 2:
+        warn(
+            f"soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
+            f"{split.num_clips} clips in the split {split.name!r} there are {' and '.join(why)}. "
+            "To train SAVE as published, prepare the data again with the teacher's vectors "
+            "(python -m data_pipelines.prepare … --imagebind=imagebind_huge.pth); to train "
+            "without them on purpose, set --config.loss.soft_albef_weight=0"
+        )
+    elif why:
+        say(
+            f"soft-ALBEF aligns {usable.sum()} of {split.num_clips} clips, and leaves out "
+            + " and ".join(why)
+        )
 
 
 def _prepare_demo(config: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ command, computes on its own devices and reads its own share of the data.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 
 # Seconds without a sign of life after which a process counts as dead, and all the others stop.
@@ -22,7 +22,7 @@ SHUTDOWN = 60  # seconds that finished processes wait for those that still write
 
 
 def cluster() -> str:
-    """The cluster whose variables this environment has, of those that JAX can read; "" = none."""
+    """Returns the cluster manager that JAX finds in this environment; "" = none."""
     environment = os.environ
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
         return "SLURM"
@@ -74,14 +74,14 @@ def join(
         where = coordinator or cluster() or "an environment that JAX detects"
         raise UserError(
             f"could not join the other processes by {where}: {_first_line(error)}\nStart the same "
-            "command once a process, with the same --coordinator and --num_processes and a "
+            "command once per process, with the same --coordinator and --num_processes and a "
             "--process_id of its own, or without them under SLURM, Open MPI, Cloud TPU, Kubernetes."
         ) from error
 
 
 @contextlib.contextmanager
-def hold(workdir: files.Path) -> Iterator[None]:
-    """Holds a workdir for this run (`files.hold`); all processes of the run call it together.
+def hold(workdir: files.Path) -> Generator[None, None, None]:
+    """Holds a workdir for this run (`locks.hold`); all processes of the run call it together.
 
     Raises:
         UserError: another run holds it; on every process.
@@ -90,7 +90,7 @@ def hold(workdir: files.Path) -> Iterator[None]:
         refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(files.hold(workdir))
+                stack.enter_context(locks.hold(workdir))
             except Exception as error:  # whatever it is, the others must not wait for this process
                 refusal = error
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
@@ -103,8 +103,8 @@ def hold(workdir: files.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_if_peer_lost() -> Iterator[None]:
-    """Ends this process, code 1 and one message, when a computation fails for want of another.
+def exit_if_peer_lost() -> Generator[None, None, None]:
+    """Exits with code 1 and one message when a collective fails because another process died.
 
     The others' results will never come; waiting for them at exit would only hang.
     """
@@ -117,7 +117,7 @@ def exit_if_peer_lost() -> Iterator[None]:
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} lost contact with "
             f"another, which has probably died (see its own output): {_first_line(error)}\n"
-            "Stopped. The same command, for all processes, goes on from the last checkpoint.",
+            "Stopped. The same command, for all processes, resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -3,8 +3,10 @@
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import ParamSpec
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -49,6 +51,11 @@ _NETWORK = (
 
 Arguments = ParamSpec("Arguments")
 
+EXIT_CODES = (
+    "exit codes: 0 done; 2 a mistake in what you gave; 75 interrupted, or a machine's outage: run "
+    "the same command again; 1 a fault of the program, or training that broke down"
+)
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: a path, a config value, a file's contents.
@@ -62,7 +69,7 @@ class OutageError(Exception):
     """The machine, its network or a store failed, and no data is at fault: the run can be resumed.
 
     The message names what failed, what the system said, and what to do. Entry points print it on
-    stderr without a traceback and exit with code 75: the same command goes on from there.
+    stderr without a traceback and exit with code 75: the same command resumes.
     """
 
 
@@ -92,6 +99,8 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
     @functools.wraps(command)
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if signal.getsignal(signal.SIGINT) is _end_at_start:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return command(*arguments, **options)
         except UserError as error:
@@ -107,6 +116,21 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
     return run
 
 
+def interruptible_start() -> None:
+    """Makes Ctrl-C end this process with one message and code 75 until its command begins.
+
+    For the seconds in which a command imports its packages: a KeyboardInterrupt there would print a
+    traceback, and an import in native code may even swallow it. `exit_codes` takes over afterwards.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _end_at_start)
+
+
+def _end_at_start(number: int, frame: FrameType | None) -> None:
+    message = "nothing was begun; run the same command again"
+    os._exit(_end("interrupted", message, os.EX_TEMPFAIL))
+
+
 def _end(kind: str, message: object, code: int) -> int:
-    print(f"{kind}: {message}", file=sys.stderr)
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
     return code

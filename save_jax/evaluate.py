@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import files, metrics, parameters, sharding
+from save_jax import files, metrics, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
-from save_jax.models.save import SAVE
+from save_jax.models import save
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
@@ -27,11 +27,11 @@ class EvaluationSet(NamedTuple):
     Attributes:
         split: its name.
         batches: starts a pass over all clips, for embedding them.
-        video_ids: one a clip.
+        video_ids: one per clip.
         captions: the queries.
         caption_ids: int32 [captions, L], their byte-pair ids.
         video_of_caption: int32 [captions], the row of each caption's clip.
-        groups: one query group a caption, "" for none.
+        groups: one query group per caption, "" for none.
         settings: what else the results depend on, for their protocol (`config.protocol`).
     """
 
@@ -59,14 +59,14 @@ class Evaluator:
         self._mesh, self._batch_size = mesh, batch_size
 
         def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model: SAVE = parameters.merge(structure, params)
+            model = save.merge(structure, params)
             with sharding.on_mesh(mesh):
                 video = model.encode_video(batch)
             return normalise(video.fused), video.mask
 
         def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
             with sharding.on_mesh(mesh):
-                return normalise(parameters.merge(structure, params).encode_text(ids))
+                return normalise(save.merge(structure, params).encode_text(ids))
 
         def score(text, frames, mask, logit_scale):
             return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
@@ -80,24 +80,26 @@ class Evaluator:
     def embed_videos(
         self, params: Parameters, data: EvaluationSet
     ) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [videos, F, D] unit frames and bool [videos, F] masks, in the split's order."""
-        frames = mask = None
+        """Returns float32 [videos, F, D] unit frames and bool [videos, F] masks, in split order."""
+        frames: np.ndarray | None = None
+        mask: np.ndarray | None = None
         progress = Progress("embedding videos", len(data.video_ids))
         everywhere = sharding.replicated(self._mesh)
         for _, batch in sharding.prefetch(data.batches(), self._mesh):
             index = np.asarray(jax.device_put(batch.index, everywhere))
             unit, real = map(np.asarray, self.encode_video(params, batch))
-            if frames is None:
+            if frames is None or mask is None:
                 frames = np.zeros((len(data.video_ids), *unit.shape[1:]), np.float32)
                 mask = np.zeros((len(data.video_ids), real.shape[1]), bool)
             rows = index >= 0
             frames[index[rows]], mask[index[rows]] = unit[rows], real[rows]
             progress.advance(int(rows.sum()))
         progress.close()
+        assert frames is not None and mask is not None  # a split without clips has no captions
         return frames, mask
 
     def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
-        """float32 [captions, D], unit vectors."""
+        """Returns float32 [captions, D], unit vectors."""
         embeddings = []
         for start in range(0, len(caption_ids), self._batch_size):
             ids = caption_ids[start : start + self._batch_size]
@@ -108,7 +110,7 @@ class Evaluator:
     def similarity(
         self, params: Parameters, text: np.ndarray, frames: np.ndarray, mask: np.ndarray
     ) -> np.ndarray:
-        """float32 [captions, videos], computed tile by tile."""
+        """Returns float32 [captions, videos], computed tile by tile."""
         logit_scale = np.asarray(params["clip.logit_scale"])
         scores = np.empty((len(text), len(frames)), np.float32)
         rows, columns = min(CAPTIONS_AT_ONCE, len(text)), min(VIDEOS_AT_ONCE, len(frames))
@@ -125,7 +127,7 @@ class Evaluator:
         return scores
 
     def evaluate(self, params: Parameters, data: EvaluationSet) -> tuple[np.ndarray, dict]:
-        """The similarity matrix and the metrics of a split (`metrics.retrieval_metrics`)."""
+        """Returns a split's similarity matrix and metrics (`metrics.retrieval_metrics`)."""
         text = self.embed_captions(params, data.caption_ids)
         frames, mask = self.embed_videos(params, data)
         scores = self.similarity(params, text, frames, mask)
@@ -134,7 +136,7 @@ class Evaluator:
 
 
 def protocol(data: EvaluationSet, selection: str) -> dict:
-    """Which question the metrics answer: without it, two tables cannot be compared."""
+    """Returns what the metrics depend on: without it, two tables cannot be compared."""
     videos, captions = len(data.video_ids), len(data.captions)
     captioned = len(np.unique(data.video_of_caption))
     return {
@@ -206,7 +208,7 @@ def run_evaluation(
     """
     scores, result = evaluator.evaluate(params, data)
     facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
-    result = {"step": step, "protocol": facts, **result}
+    result: dict[str, Any] = {"step": step, "protocol": facts, **result}
     if jax.process_index() == 0:
         write(workdir / "evaluation" / str(step) / subset, data, scores, result)
     name = f"eval/{subset}" if subset else "eval"

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from save_jax import optimizer
@@ -102,7 +102,7 @@ class Meter:
         )
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None, None, None]:
         """Leaves out of the throughput what happens within it."""
         began = time.monotonic()
         yield

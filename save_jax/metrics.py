@@ -8,7 +8,7 @@ Metrics = dict[str, float]
 
 
 def ranks(similarity: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """0-based rank of each row's target column; ties count against the model.
+    """Ranks each row's target column, from 0; ties count against the model (spec section 9).
 
     Args:
         similarity: [queries, candidates], finite.
@@ -38,7 +38,7 @@ def ranks(similarity: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def summarise(rank: np.ndarray) -> Metrics:
-    """R@1, R@5, R@10 and their sum in percent, median and mean rank counted from 1."""
+    """Returns R@1, R@5, R@10 and their sum in percent, median and mean rank from 1."""
     recall = {f"R{k}": 100 * float(np.mean(rank < k)) for k in (1, 5, 10)}
     return {
         **recall,
@@ -49,14 +49,14 @@ def summarise(rank: np.ndarray) -> Metrics:
 
 
 def text_to_video(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.ndarray:
-    """0-based rank of every caption's own video among all videos."""
+    """Ranks every caption's own video among all videos, from 0."""
     return ranks(similarity, video_of_caption)
 
 
 def video_to_text(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.ndarray:
-    """0-based rank of every video's own captions, each video's captions taken by their best.
+    """Ranks every video's own captions, from 0; of each video's captions the best one counts.
 
-    Videos without captions are no queries, and offer no candidate.
+    Videos without captions are neither queries nor candidates.
     """
     captioned = np.unique(video_of_caption)
     best = np.stack(
@@ -68,12 +68,12 @@ def video_to_text(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.nd
 def retrieval_metrics(
     similarity: np.ndarray, video_of_caption: np.ndarray, groups: Sequence[str]
 ) -> dict:
-    """Both directions and every query group.
+    """Returns the metrics of both directions and of every query group.
 
     Args:
         similarity: float [captions, videos].
         video_of_caption: int [captions], the column of each caption's own video.
-        groups: one name a caption, "" for none.
+        groups: one name per caption, "" for none.
 
     Returns:
         {"t2v": Metrics, "v2t": Metrics, "groups": {name: {"queries": n, "t2v": Metrics}}}.
@@ -92,7 +92,7 @@ def retrieval_metrics(
 
 
 def table(metrics: dict) -> str:
-    """The retrieval table for a terminal."""
+    """Formats the retrieval table for a terminal."""
     columns = ("R1", "R5", "R10", "MdR", "MnR", "SumR")
     rows = [("text → video", metrics["t2v"]), ("video → text", metrics["v2t"])]
     rows += [

@@ -20,13 +20,13 @@ Tree = Any  # a pytree of arrays that share their leading axis
 def map_blocks(f: Callable[[Tree], Tree], rows: Tree, blocks: int) -> Tree:
     """Applies `f` to equal blocks of rows; the results are stacked along a new leading axis.
 
-    Block k holds the rows k, k + blocks, k + 2·blocks, …: when the rows lie on devices in
-    contiguous parts, every device has its share of every block and nothing has to move.
+    Block k holds the rows k, k + blocks, k + 2·blocks, …: when the rows are sharded in
+    contiguous parts, every device has its share of every block and no row is moved.
 
     Args:
         f: from a block [n / blocks, ...] to any results.
         rows: arrays [n, ...].
-        blocks: how many; must divide n. With 1, `f` runs on all rows, and nothing is made again.
+        blocks: how many; must divide n. With 1, `f` runs on all rows, and nothing is recomputed.
 
     Raises:
         ValueError: the blocks would not be equal.
@@ -38,12 +38,12 @@ def map_blocks(f: Callable[[Tree], Tree], rows: Tree, blocks: int) -> Tree:
 
 
 def join(results: Tree) -> Tree:
-    """Puts results, one a row, [blocks, n / blocks, ...], into the order of the rows, [n, ...]."""
+    """Puts results per row, [blocks, n / blocks, ...], into the order of the rows, [n, ...]."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def fewest_blocks(rows: int, shards: int, most: int) -> int:
-    """The smallest number of equal blocks with at most `most` rows a shard, or else one row.
+    """Returns the fewest equal blocks with at most `most` rows per shard, or one row each.
 
     Args:
         rows: all rows, a multiple of `shards`.

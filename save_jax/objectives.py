@@ -2,8 +2,8 @@
 
 Everything here is float32. Under `jax.jit` with the batch sharded over devices, "the batch" is the
 global one: the compiler inserts the gathers, and the gradient is the true global gradient. Each
-device sets its own videos against all captions, block by block, so that what it holds of the scores
-of captions, videos and frames (B × B × F of them) is bounded, whatever the batch.
+device scores its own videos with all captions, block by block, so that the memory for scores of
+captions, videos and frames (B × B × F of them) is bounded, whatever the batch.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from save_jax.similarity import MASKED, PRECISION, global_vector, normalise, sim
 SOFT_LABEL_SCALE = 5.0  # of both softmaxes in soft-ALBEF
 # Scores of captions with frames that a device holds at once: 32 MiB.
 MOST_SCORES = 2**23
-# A softmax that is uniform but for float32's rounding correlates with nothing: distance 1. This is
+# A softmax that is uniform up to float32's rounding correlates with nothing: distance 1. This is
 # the smallest standard deviation, relative to the mean, that counts as more than rounding.
 SPREAD_FLOOR = 1e-6
 
@@ -59,11 +59,11 @@ def adaptive_margin(
     beta: float,
     delta: float,
 ) -> Float[Array, "batch others"]:
-    """min(β(1 − (t_i·t_j + g_i·g_j)/2), δ), 0 where i is j, without gradient.
+    """Returns min(β(1 − (t_i·t_j + g_i·g_j)/2), δ), 0 where i is j, without gradient.
 
     Args:
         text, visual: unit vectors of captions and of what their videos show.
-        other_text, other_visual: the same of those that they are set against.
+        other_text, other_visual: the same of those that they are compared with.
         own: True where both are the same pair.
         beta, delta: see LossConfig.
     """
@@ -81,7 +81,7 @@ def contrastive_loss(
     config: LossConfig,
     blocks: int = 1,
 ) -> Float[Array, ""]:
-    """Mean of the text→video and video→text cross-entropies, with the adaptive margin.
+    """Returns the mean of both directions' cross-entropies, with the adaptive margin.
 
     Args:
         text: caption embeddings, row i the caption of video i; not normalised.
@@ -125,7 +125,7 @@ def soft_albef_loss(
     usable: Bool[Array, " batch"],
     blocks: int = 1,
 ) -> Float[Array, ""]:
-    """Soft-label alignment of vision and audio before they are fused.
+    """Returns the loss that aligns vision and audio, before fusion, by the teacher's soft labels.
 
     Row by row, and column by column, the student's distribution over the batch follows the
     teacher's in Pearson correlation. Rows and columns of unusable clips take no part; with fewer
@@ -179,7 +179,7 @@ def losses(
     config: LossConfig,
     shards: int = 1,
 ) -> Losses:
-    """Both losses of a batch (spec section 6).
+    """Computes both losses of a batch (spec section 6).
 
     Args:
         text: caption embeddings, row i the caption of video i; not normalised.
@@ -194,6 +194,8 @@ def losses(
     contrastive = contrastive_loss(text, video, logit_scale, config, blocks)
     soft_albef = jnp.zeros(())
     if config.soft_albef_weight:
+        assert video.audio is not None and usable is not None  # configs without sound are refused
+        assert teacher_video is not None and teacher_audio is not None
         soft_albef = soft_albef_loss(
             normalise(normalise(video.visual).mean(axis=1)),
             normalise(normalise(video.audio).mean(axis=1)),

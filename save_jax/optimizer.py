@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from save_jax.parameters import Parameters
@@ -28,7 +29,7 @@ class OptimizerConfig:
         clip: all transformer blocks of both CLIP towers, `ln_final`, `text_projection`,
             `ln_post`, `proj`, `logit_scale`.
         clip_stem: CLIP's embeddings, positions, patch convolution and `ln_pre`.
-        ast: AST but for its final LayerNorm.
+        ast: AST without its final LayerNorm.
         ast_norm: AST's final LayerNorm.
         new: what SAVE adds: audio projection, resampler, fusion blocks, positions.
         query_tokens: the resampler's queries.
@@ -55,7 +56,7 @@ ALL_FROZEN = OptimizerConfig(
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter, by its name (`save_jax.parameters`)."""
+    """Returns the group of a parameter, by its name (`save_jax.parameters`)."""
     if name == "audio_resampler.query_tokens":
         return "query_tokens"
     if name.startswith("ast."):
@@ -80,7 +81,7 @@ def partition(parameters: Parameters, config: OptimizerConfig) -> tuple[Paramete
 
 
 def schedule(peak: float, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over the first tenth, then half a cosine over *all* steps.
+    """Makes the schedule: linear warm-up over the first tenth, then half a cosine over *all* steps.
 
     With x = step/total: peak·x/0.1 while x < 0.1, else peak·(1 + cos πx)/2. Steps count from 0, so
     the first update has rate 0 (its moments still advance).
@@ -92,11 +93,11 @@ def schedule(peak: float, total_steps: int) -> optax.Schedule:
         warming_up = step < WARMUP * total_steps
         return peak * jnp.where(warming_up, x / WARMUP, (1 + jnp.cos(jnp.pi * x)) / 2)
 
-    return rate
+    return cast(optax.Schedule, rate)  # of integers; its type would have it take complex numbers
 
 
 def global_norm(tree: optax.Updates) -> jax.Array:
-    """Euclidean norm of all entries together, in float32."""
+    """Returns the Euclidean norm of all entries together, in float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(tree)))
 
 
@@ -108,7 +109,7 @@ def clip_by_global_norm() -> optax.GradientTransformation:
         factor = jnp.minimum(1.0, MAX_NORM / (global_norm(updates) + NORM_EPSILON))
         return jax.tree.map(lambda g: g * factor, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_by_tensor_norm(stacked: Collection[str]) -> optax.GradientTransformation:
@@ -127,7 +128,7 @@ def clip_by_tensor_norm(stacked: Collection[str]) -> optax.GradientTransformatio
         del params
         return {name: clip(name, g) for name, g in updates.items()}, state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class BertAdamState(NamedTuple):
@@ -138,7 +139,7 @@ class BertAdamState(NamedTuple):
 
 
 def scale_by_bert_adam() -> optax.GradientTransformation:
-    """m/(√v + ε) without bias correction; `optax.scale_by_adam` always corrects."""
+    """Scales to m/(√v + ε) without bias correction; `optax.scale_by_adam` always corrects."""
 
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -154,7 +155,7 @@ def scale_by_bert_adam() -> optax.GradientTransformation:
 
 
 def is_decayed(name: str) -> bool:
-    """Everything decays but biases: LayerNorm scales do too (spec section 7)."""
+    """Says whether a parameter decays: all but biases, LayerNorm scales too (spec section 7)."""
     return not name.endswith(".bias")
 
 
@@ -168,12 +169,13 @@ def make_optimizer(
         stacked: names of the parameters that have a leading layer axis.
     """
 
+    def decayed(tree: Any) -> dict[str, bool]:
+        return {name: is_decayed(name) for name in tree}
+
     def group(rate: float) -> optax.GradientTransformation:
         return optax.chain(
             scale_by_bert_adam(),
-            optax.add_decayed_weights(
-                config.weight_decay, mask=lambda tree: {k: is_decayed(k) for k in tree}
-            ),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(schedule(rate, config.total_steps)),
         )
 
@@ -188,16 +190,16 @@ def make_optimizer(
 
 
 def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
-    """The rate of each trained group at the update that follows `step` updates."""
+    """Returns the rate of each trained group at the update that follows `step` updates."""
     return {
-        name: float(schedule(config.rate(name), config.total_steps)(step))
+        name: float(np.asarray(schedule(config.rate(name), config.total_steps)(step)))
         for name in GROUPS
         if config.rate(name)
     }
 
 
 def describe(parameters: Parameters, config: OptimizerConfig) -> str:
-    """The table printed at the start of a run: each group's size, rate and decay."""
+    """Formats the table printed at the start of a run: each group's size, rate and decay."""
     sizes, biases = collections.Counter(), collections.Counter()
     for name, value in parameters.items():
         sizes[group_of(name)] += value.size

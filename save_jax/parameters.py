@@ -6,6 +6,7 @@ or a table of weights says about a parameter, it says by this name.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -43,9 +44,13 @@ def split(model: nnx.Module) -> tuple[Structure, Parameters]:
     return Structure(graphdef, stacked), {name: flat[name].get_value() for name in sorted(flat)}
 
 
-def merge(structure: Structure, parameters: Mapping[str, jax.Array]) -> nnx.Module:
+def merge(
+    structure: Structure, parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+) -> nnx.Module:
     """Puts a model together again; the inverse of `split`."""
-    flat = {tuple(name.split(".")): nnx.Param(value) for name, value in parameters.items()}
+    flat: dict[tuple[Any, ...], nnx.Param] = {
+        tuple(name.split(".")): nnx.Param(value) for name, value in parameters.items()
+    }
     return nnx.merge(structure.graphdef, nnx.from_flat_state(flat))
 
 

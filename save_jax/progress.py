@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 
@@ -15,7 +15,7 @@ from save_jax import files
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8s, 3m05s, 2h10m."""
+    """Formats seconds: 8s, 3m05s, 2h10m."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -55,8 +55,8 @@ def say(text: str) -> None:
 class Writer:
     """Scalars of a run, to metrics.jsonl and to TensorBoard; only the first process writes.
 
-    Going on after an interruption, lines beyond the restored step are dropped: they will be
-    written again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
+    After an interruption, lines beyond the restored step are dropped: they will be written
+    again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
     there, both are written here first and copied by `sync`.
     """
 
@@ -84,8 +84,8 @@ class Writer:
         self._events = SummaryWriter(str(self._here), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line {"step": …, …} and one TensorBoard point a scalar."""
-        if self._lines is None:
+        """Writes one line {"step": …, …} and one TensorBoard point per scalar."""
+        if self._lines is None or self._events is None:
             return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
@@ -94,14 +94,14 @@ class Writer:
 
     def sync(self) -> None:
         """Copies what is written to the bucket; before a checkpoint, which vouches for it."""
-        if self._lines is None or self._remote is None:
+        if self._lines is None or self._events is None or self._remote is None:
             return
         self._events.flush()
         for file in self._here.iterdir():
             files.write(self._remote / file.name, file.read_bytes())
 
     def close(self) -> None:
-        if self._lines is not None:
+        if self._lines is not None and self._events is not None:
             self.sync()
             self._lines.close()
             self._events.close()
@@ -112,7 +112,7 @@ class Writer:
 @contextlib.contextmanager
 def writing(
     workdir: files.Path, restored_step: int | None, given: Writer | None
-) -> Iterator[Writer]:
+) -> Generator[Writer, None, None]:
     """Gives the writer of a run's scalars: the one given, which stays open, or the workdir's own.
 
     Args:
@@ -128,6 +128,6 @@ def writing(
 
 
 def warn(text: str) -> None:
-    """A warning on stderr, from the first process only."""
+    """Prints a warning on stderr, from the first process only."""
     if jax.process_index() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)

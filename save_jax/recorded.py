@@ -18,7 +18,7 @@ EVALUATIONS_OWN = ("dtype", "data.dataset", "data.variant", "data.eval_split")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"new": 1}} as {"optimizer.new": 1}."""
+    """Turns {"optimizer": {"new": 1}} into {"optimizer.new": 1}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -54,11 +54,11 @@ def write(config: Mapping[str, Any], workdir: files.Path) -> None:
 
 
 def deciding(recorded: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """The sections of a recorded config that, beside the weights, decide what a model answers.
+    """Returns the sections of a recorded config that, with the weights, decide a model's results.
 
     Args:
-        recorded: all of a run's config, or these sections of it. A key that it lacks is younger
-            than the run, and has the default, with which the run was trained without knowing it.
+        recorded: all of a run's config, or these sections of it. A key that it lacks is newer
+            than the run, and has its default, which is how the run was trained.
         where: names it in messages.
 
     Returns:
@@ -93,7 +93,7 @@ def as_trained(
     where: str,
     explicit: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """A config to evaluate a run with: what decides its scores is the run's own.
+    """Returns a config to evaluate a run with: what decides its scores is the run's own.
 
     Args:
         config: what the user asks for.
@@ -146,7 +146,7 @@ def as_trained(
 def differences(
     config: Mapping[str, Any], other: Mapping[str, Any], part: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configs' `deciding` sections differ: key -> the value in each.
+    """Returns the keys in which two configs' `deciding` sections differ: key -> both values.
 
     Args:
         config: all of a config.
@@ -171,7 +171,7 @@ def differences(
 
 
 def protocol(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation's results depend on, beside weights and split: for its metrics.json."""
+    """Returns what results depend on, besides weights and split: for metrics.json."""
     return {
         "model": dict(config["model"]),
         "loss": {"local_weight": config["loss"]["local_weight"]},
@@ -181,7 +181,7 @@ def protocol(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def subset(config: Mapping[str, Any], workdir: files.Path) -> str:
-    """Names what a config evaluates, where it is not what the workdir's own run evaluates.
+    """Names what a config evaluates, where that differs from the workdir's own run.
 
     Returns:
         "" for the run's own evaluation split, or in a workdir without a run; else the split's name,

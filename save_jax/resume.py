@@ -1,4 +1,4 @@
-"""What a run starts from: its own checkpoint, a run's or PyTorch's weights, or random ones."""
+"""The state a run starts from: its own checkpoint, a run's or PyTorch's weights, random ones."""
 
 import os
 from collections.abc import Collection
@@ -34,7 +34,7 @@ def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
     ]
     if differing:
         raise UserError(
-            f"{workdir} holds a run with another config:\n"
+            f"{workdir} holds a run with another config (there: its config.json):\n"
             + "\n".join(differing)
             + "\nUse another --workdir, or the config it was started with."
         )
@@ -43,7 +43,7 @@ def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
 def as_trained(
     config: dict[str, Any], workdir: files.Path, explicit: Collection[str]
 ) -> dict[str, Any]:
-    """The config to evaluate with: what decides a run's scores is the run's own, and is said.
+    """Returns the config to evaluate with: what decides a run's scores is the run's own.
 
     Raises:
         UserError: an explicit key contradicts the run, or the workdir is another run's.
@@ -142,9 +142,9 @@ def load_weights(
     complete: bool = False,
     trust_archive: bool = False,
 ) -> Parameters:
-    """All parameters: those that config.init_from holds, the rest as in `current`.
+    """Returns all parameters: those that config.init_from holds, the rest as in `current`.
 
-    Says in what the model differs from that of a run which they are from.
+    Prints how the model differs from that of the run that the weights are from.
 
     Raises:
         UserError: the source does not fit the model or, with `complete`, lacks some of it.

@@ -1,9 +1,9 @@
-"""The device mesh, and how arrays lie on it.
+"""The device mesh, and how arrays are sharded on it.
 
 One program, `jax.jit` over global arrays: the compiler inserts the collectives, and the same code
-runs on 1 device and 256. A batch is split by rows over all devices. Parameters lie whole on every
-device of the "data" axis, and in slices along the "fsdp" axis, with the optimiser's state; a layer
-is put together where it is used (Rajbhandari et al. 2020, ZeRO stage 3).
+runs on 1 device and 256. A batch is split by rows over all devices. Parameters are
+replicated along the "data" axis and sharded along the "fsdp" axis, with the optimiser's state; a
+layer is all-gathered where it is used (Rajbhandari et al. 2020, ZeRO stage 3).
 """
 
 import collections
@@ -22,11 +22,11 @@ from save_jax.batch import Batch
 from save_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"  # both split the batch; the second also splits the parameters
-LEAST_SLICED = 2**14  # elements; a smaller array (a bias) costs more to put together than to hold
+LEAST_SLICED = 2**14  # elements; a smaller array (a bias) costs more to gather than to hold
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes "data" and, if wanted, "fsdp".
+    """Makes a mesh with the axes "data" and, if wanted, "fsdp".
 
     Args:
         axes: size by name; −1 takes the devices that the other leaves.
@@ -60,17 +60,24 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over all devices."""
+    """Returns the sharding of a batch: its leading axis is split over all devices."""
     return NamedSharding(mesh, _row_spec(mesh))
 
 
+def mesh_of(x: jax.Array | jax.ShapeDtypeStruct) -> Mesh:
+    """Returns the mesh that an array (or an abstract one) is placed on."""
+    placed = x.sharding
+    assert isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh)
+    return placed.mesh
+
+
 def tree_shardings(tree: Any, stacked: Collection[str], mesh: Mesh) -> Any:
-    """Decides where parameters, optimiser state or both lie: a sharding per (abstract) array.
+    """Returns shardings of parameters, optimiser state or both, one per (abstract) array.
 
     Args:
         tree: arrays whose path ends in their parameter's name, as in a TrainState.
@@ -92,7 +99,7 @@ def _row_spec(mesh: Any) -> PartitionSpec:
 
 
 def _slice_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """How one layer's parameter is sliced: along its longest axis that the fsdp axis divides."""
+    """Shards one layer's parameter along its longest axis that the fsdp axis divides."""
     parts = mesh.shape.get(FSDP, 1)
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or math.prod(shape) < LEAST_SLICED or not divisible:
@@ -101,11 +108,11 @@ def _slice_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
     return PartitionSpec(*[None] * longest, FSDP)
 
 
-#### Inside a compiled function: where intermediate results should lie.
+#### Inside a compiled function: shardings of intermediate results.
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Within it, while a function is traced, the constraints below refer to this mesh."""
+    """Makes the constraints below refer to this mesh while a function is traced."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -180,7 +187,7 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     """Puts a host array that every process holds whole on the mesh, split by rows.
 
-    Row i of the global array is row i of `rows` whichever process owns the device it lies on. That
+    Row i of the global array is row i of `rows` whichever process owns its device. That
     is not so of `make_array_from_process_local_data`: JAX orders the devices of a TPU slice by
     topology, so that process p's rows are in general not the p-th part of the global array
     (`put_batch` may use it, because a batch's rows travel with their `index`).
@@ -201,7 +208,7 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
 
 
 def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:
-    """What `put_batch` gives for a global batch of these shapes; nothing is put anywhere."""
+    """Returns the shapes and shardings of `put_batch`'s result; nothing is copied."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding), shapes

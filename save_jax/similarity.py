@@ -13,7 +13,7 @@ MASKED = -1e9  # score of a padding frame: exp gives exactly 0, and no infinity 
 
 
 def normalise(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
-    """x / ‖x‖ along the last axis, in float32; safe, gradient included, at x = 0."""
+    """Returns x / ‖x‖ along the last axis, in float32; safe, gradient included, at x = 0."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), NORM_FLOOR**2))
 
@@ -21,7 +21,7 @@ def normalise(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
 def masked_mean(
     x: Float[Array, "batch frames dim"], mask: Bool[Array, "batch frames"]
 ) -> Float[Array, "batch dim"]:
-    """Mean over the frames whose mask is True; zero where there is none."""
+    """Returns the mean of the frames whose mask is True; zero where there is none."""
     weight = mask.astype(jnp.float32)[..., None]
     return (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
 
@@ -29,7 +29,7 @@ def masked_mean(
 def global_vector(
     frames: Float[Array, "batch frames dim"], mask: Bool[Array, "batch frames"]
 ) -> Float[Array, "batch dim"]:
-    """One unit vector a video: the normalised masked mean of its normalised frames."""
+    """Returns a unit vector per video: the normalised masked mean of its normalised frames."""
     return normalise(masked_mean(normalise(frames), mask))
 
 
@@ -40,7 +40,7 @@ def similarity(
     scale: Float[Array, ""],
     local_weight: float = 0.5,
 ) -> Float[Array, "captions videos"]:
-    """Similarity of every caption with every video, times `scale`.
+    """Returns the similarity of every caption with every video, times `scale`.
 
     Args:
         text: caption embeddings; normalised here.

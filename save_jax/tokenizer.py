@@ -10,6 +10,10 @@ from collections.abc import Sequence
 
 import ftfy
 import numpy as np
+
+# Else transformers, of which only the tokenizer is used, asks for PyTorch when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import transformers
 
 from save_jax.errors import UserError
@@ -56,7 +60,7 @@ class Tokenizer:
 
         Args:
             texts: n texts.
-            length: L, ids a text, at least 2.
+            length: L, ids per text, at least 2.
             short_is_empty: whether a text under 5 characters has no ids at all, as in the
                 reference, where it marks a clip in which nothing is said.
 
@@ -78,13 +82,13 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """Mends encoding mistakes, resolves HTML entities (twice), collapses white space, lowers."""
+    """Repairs wrong encodings, resolves HTML entities (twice), collapses white space, lowers."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
 def _packaged() -> str:
-    """Path of the vocabulary file in the package openai-clip, which is found but not imported.
+    """Finds the vocabulary file in the package openai-clip, which is not imported.
 
     Importing that package would import PyTorch.
     """
@@ -119,14 +123,15 @@ def _from_vocabulary_file(path: str) -> transformers.CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
-        vocab={token: position for position, token in enumerate(tokens)}, merges=merges
+        vocab={token: position for position, token in enumerate(tokens)},
+        merges=merges,  # ty: ignore[invalid-argument-type]  pairs, which its annotation forgets
     )
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE, in OpenAI's order.
+    """Returns the letter for each byte in byte-level BPE, in OpenAI's order.
 
-    Printable bytes stand for themselves and come first; the others are moved past byte 255.
+    Printable bytes are their own letters and come first; the others are moved past byte 255.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)

@@ -4,7 +4,7 @@ import collections
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class TrainingSet(NamedTuple):
 def _initialise(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int
 ) -> tuple[Structure, Callable[[], TrainState]]:
-    """Returns the model's structure, and the function that makes a fresh state."""
+    """Returns the model's structure, and a function that makes a fresh state."""
     structure, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
     tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
@@ -58,7 +58,7 @@ def _initialise(
 def abstract_state(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Structure, TrainState]:
-    """Returns the shapes of a state, and where its arrays lie; nothing is computed."""
+    """Returns the shapes and shardings of a state; nothing is computed."""
     structure, init = _initialise(model, optimizer_config, seed=0)
     shapes = jax.eval_shape(init)
     return structure, jax.tree.map(
@@ -74,7 +74,7 @@ def create_state(
     """Creates a fresh state on the mesh; a function of the seed only, not of the mesh."""
     structure, init = _initialise(model, optimizer_config, seed)
     places = sharding.tree_shardings(jax.eval_shape(init), structure.stacked, mesh)
-    return structure, jax.jit(init, out_shardings=places)()  # made where they will live
+    return structure, jax.jit(init, out_shardings=places)()  # made on their devices
 
 
 def make_train_step(
@@ -84,7 +84,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     micro_batch: int = 0,
 ) -> TrainStep:
-    """The training step, to be compiled: (state, global batch) -> (state, scalars).
+    """Makes the training step, to be compiled: (state, global batch) -> (state, scalars).
 
     The gradient is taken of the trained parameters only: a frozen encoder keeps no activations.
 
@@ -103,18 +103,21 @@ def make_train_step(
         trained: parameters.Parameters, frozen: parameters.Parameters, batch: Batch
     ) -> tuple[jax.Array, objectives.Losses]:
         params = {
-            # Stacked ones are put together layer by layer, where they are used.
+            # Stacked ones are gathered layer by layer, where they are used.
             name: x if name in structure.stacked else sharding.all_gather(x)
             for name, x in {**trained, **frozen}.items()
         }
-        model: save.SAVE = parameters.merge(structure, params)
+        model = save.merge(structure, params)
         count = len(batch.index) // micro_batch if micro_batch else 1
-        # The model leaves the teacher alone.
+        # The model does not read the teacher's vectors.
         inputs = batch._replace(teacher_video=None, teacher_audio=None)
         if count > 1:
             inputs = _encode_frozen(model, trained, inputs, count)
         text, video = microbatch.join(microbatch.map_blocks(model, inputs, count))
-        usable = batch.has_audio & batch.has_teacher if loss_config.soft_albef_weight else None
+        usable = None
+        if loss_config.soft_albef_weight:
+            assert batch.has_audio is not None and batch.has_teacher is not None
+            usable = batch.has_audio & batch.has_teacher
         losses = objectives.losses(
             *(text, video, batch.teacher_video, batch.teacher_audio, usable),
             model.clip.logit_scale[...],
@@ -127,11 +130,10 @@ def make_train_step(
         with sharding.on_mesh(mesh):
             grads, losses = jax.grad(loss_fn, has_aux=True)(state.trained, state.frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = cast(Parameters, optax.apply_updates(state.trained, updates))
         if "clip.logit_scale" in trained:
-            trained["clip.logit_scale"] = jnp.minimum(
-                trained["clip.logit_scale"], optimizer.MAX_LOGIT_SCALE
-            )
+            scale = cast(jax.Array, trained["clip.logit_scale"])
+            trained["clip.logit_scale"] = jnp.minimum(scale, optimizer.MAX_LOGIT_SCALE)
         scalars = {
             "loss": losses.total,
             "contrastive": losses.contrastive,
@@ -146,10 +148,10 @@ def make_train_step(
 def _encode_frozen(
     model: save.SAVE, trained: parameters.Parameters, batch: Batch, count: int
 ) -> Batch:
-    """The batch with what frozen encoders make of it, block by block, in place of their inputs.
+    """Replaces the inputs of frozen encoders in a batch by their outputs, block by block.
 
     Gradient caching computes each block twice. What no gradient goes through is computed once, and
-    kept for the whole batch: AST base's states take 1.9 MB a clip in bfloat16, 3.7 MB in float32.
+    kept for the whole batch: AST base's states take 1.9 MB per clip in bfloat16, 3.7 in float32.
     """
     sources = {
         name: feature.source
@@ -165,13 +167,13 @@ def _encode_frozen(
 
 
 def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:
-    """The training step as it runs: a state's arrays are given up, and the next lie like them.
+    """Jits the step with the state donated and its sharding preserved.
 
     Args:
         train_step: see `make_train_step`.
         state: a state or an abstract one, on its mesh.
     """
-    mesh = state.step.sharding.mesh
+    mesh = sharding.mesh_of(state.step)
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
@@ -298,7 +300,7 @@ def train(
         check_finite(done.step, scalars, done.index, training, checkpoints)
         meter.log(done.step, scalars)
 
-    mesh = state.step.sharding.mesh
+    mesh = sharding.mesh_of(state.step)
     batches = sharding.prefetch(training.batches(first, total), mesh)
     for step in range(first + 1, total + 1):
         # ---------------------------------------------------------------- dispatch the next step

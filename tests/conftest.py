@@ -9,17 +9,10 @@ import tempfile
 
 import pytest
 
+from tests.support import programs
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # Most of a test's time is compilation. These take it from 40 to 11 s of processor time for
-        # the smallest training step: optimise nothing, and emit kernels the short way.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    ]
-).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {programs.flags(devices=8)}".strip()
 
 # What one process has compiled, the others of this session read: pytest's own, which inherit these
 # variables, and the commands that tests start.

@@ -18,7 +18,7 @@ from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.data import Splits
 from save_jax.errors import UserError
-from tests.support import caching, miniatures
+from tests.support import caching, miniatures, programs
 
 TRAINING = {
     "frame_embeddings",
@@ -48,13 +48,12 @@ def data(tmp_path_factory):
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     """Runs a module in a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": programs.flags(devices)},
     )
 
 
@@ -292,7 +291,7 @@ def test_other_weights_are_refused_by_name(cached, open_data, parameter, arrays)
     if not arrays:  # these do not make what is cached
         open_data(cached, params=changed)
         return
-    with pytest.raises(UserError, match="made of something else") as error:
+    with pytest.raises(UserError, match="does not belong to this run") as error:
         open_data(cached, params=changed)
     lines = str(error.value).splitlines()[1:-1]
     assert [line.split(":")[0].strip() for line in lines] == arrays

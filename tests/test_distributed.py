@@ -16,6 +16,7 @@ import pytest
 from save_jax import distributed
 from save_jax.checkpoint import load_parameters
 from save_jax.errors import UserError
+from tests.support import programs
 from tests.support.training import FIVE, RATES, program, run
 
 WITHIN = 300  # seconds for a job on a busy machine
@@ -26,7 +27,6 @@ def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -35,7 +35,7 @@ def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             [*command, moment, coordinator, str(len(moments)), str(number)],
-            env=os.environ | cache | {"XLA_FLAGS": flags},
+            env=os.environ | cache | {"XLA_FLAGS": programs.flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -17,7 +17,7 @@ from save_jax import recorded as run_config
 from save_jax.errors import UserError
 from save_jax.weights import __main__ as weights
 from save_jax.weights.files import recognise
-from tests.support import caching, miniatures, object_store
+from tests.support import caching, miniatures, object_store, programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEP = 2  # the run's last
@@ -46,7 +46,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"XLA_FLAGS": programs.flags()},
     )
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from save_jax import cli, evaluate, main, resume
+from save_jax import cli, errors, evaluate, main, resume
 from save_jax.cache import __main__ as cache
 from save_jax.errors import OutageError, UserError
 
@@ -39,7 +41,12 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.model.attention=cudnn"], "needs an NVIDIA GPU and config.dtype = 'bfloat16'"),
         (["--config.mesh.data=3"], "does not fit the 8 devices"),
         (["--config.batch_size=12"], "multiple of 8, say 16"),
-        (["--config.eval_batch_size=0"], "multiple of 8, say 8"),
+        (["--config.eval_batch_size=0"], "config.eval_batch_size = 0: expected at least 1 (clips"),
+        (["--config.batch_size=-1"], "config.batch_size = -1: expected at least 1 (clips of a"),
+        (["--config.micro_batch=-8"], "config.micro_batch = -8: expected at least 0 (clips"),
+        (["--config.micro_batch=24"], "24: expected a divisor of config.batch_size = 64, or 0"),
+        (["--config.epochs=-1"], "config.epochs = -1: expected at least 1 (passes over"),
+        (["--config.steps=-5"], "config.steps = -5: expected at least 0 (training steps"),
         (["--config.data.max_words=78"], "expected 1 to 77"),
         (["--config.model.clip.patch_size=7"], "not a multiple of patch_size 7"),
         (["--config.model.speech_weight=0", "--config.model.sound_weight=0"], "needs sound"),
@@ -59,6 +66,106 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+MSRVTT = "--config=configs/msrvtt.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [MSRVTT, "--config.model.clip.image_size=128"],
+            "config.model.clip is a named variant here, which fixes all sizes. Choose a variant "
+            "(ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px)",
+        ),
+        ([MSRVTT, "--config.model.ast.width", "128"], "config.model.ast is a named variant here"),
+        (["--config.model.clip=ViT-B/32"], "--config.model.clip: expected a dictionary of sizes"),
+        (["--config.seed.x=1"], "unknown config key 'seed.x'"),
+        (["--config=configs"], "--config=configs: expected a config file, found no such file in"),
+        (["--config="], "--config=: expected a config file, found no such file in"),
+    ],
+)
+def test_an_override_that_does_not_fit_the_config(capsys, tmp_path, arguments, message):
+    assert main.main(["main", *arguments, f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said
+
+
+GET = "def get_config():\n    "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\nimport nothing_here\n", "FILE, line 2: ModuleNotFoundError: No module named 'nothing_"),
+        ("def get_config(:\n", "FILE, line 1: expected Python, found SyntaxError: invalid syntax"),
+        ("seed = 1\n", "FILE: expected a function get_config() that returns an ml_collections."),
+        (GET + "return 3\n", "FILE: expected get_config() to return an ml_collections.ConfigDict"),
+        (GET + "pass\n", "ml_collections.ConfigDict, found NoneType"),
+        (
+            GET + "return {}['a']\n",
+            "FILE, line 2: KeyError: 'a'. Correct the file: expected a get_",
+        ),
+        (GET + "return int('x')\n", "FILE, line 2: ValueError: invalid literal"),
+        (GET + "return open('/nowhere')\n", "FILE, line 2: FileNotFoundError: "),
+        (
+            f"from configs import demo\n{GET}c = demo.get_config()\n    c.seed = 'a'\n",
+            "FILE, line 4: TypeError: Could not override field 'seed'",
+        ),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_named(capsys, tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    for config in ([f"--config={file}"], ["--config", str(file)]):
+        assert main.main(["main", *config, f"--workdir={tmp_path / 'run'}"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "Traceback" not in said
+        assert message.replace("FILE", str(file)) in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["save_jax.main", "save_jax.cache", "save_jax.weights", "data_pipelines.prepare",
+     "launch.sweep", "launch.compile"],
+)  # fmt: skip
+def test_ctrl_c_while_packages_are_imported_is_one_message(tmp_path, name):
+    stand_in = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    for package in ("numpy", "etils"):  # whichever comes first
+        (tmp_path / f"{package}.py").write_text(stand_in)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", name, "--help"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert done.stderr == "interrupted: nothing was begun; run the same command again\n"
+
+
+def test_importing_the_library_leaves_ctrl_c_alone():
+    check = "import signal, save_jax.errors as e; print(signal.getsignal(2).__name__)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "default_int_handler\n"
+
+
+def test_once_a_command_runs_ctrl_c_reaches_it(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        errors.interruptible_start()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        monkeypatch.setattr(cli, "parse", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert main.main(["main"]) == os.EX_TEMPFAIL
+        assert "the same command resumes" in capsys.readouterr().err
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup, or in a shell's background
+        errors.interruptible_start()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("run", [main.main, cache.command])

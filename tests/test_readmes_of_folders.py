@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from tests.support import programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("save_jax", "data_pipelines", "configs", "launch", "tests")
@@ -146,8 +147,7 @@ def test_the_snippet_prints_what_the_readme_says():
     (snippet,) = blocks(ROOT / "README.md", "python")
     below = (ROOT / "README.md").read_text(encoding="utf-8").partition(snippet)[2]
     expected = re.search(r"^(\[\[.*?\]\])$", below, re.DOTALL | re.MULTILINE)[1]
-    # Most of its time is compilation, and this halves it.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": programs.flags()}
     done = subprocess.run(
         [sys.executable, "-c", snippet],
         cwd=ROOT,

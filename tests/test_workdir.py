@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.support import caching, miniatures
+from tests.support import caching, miniatures, programs
 
 WITHIN = 300  # seconds for a job on a busy machine
 
@@ -36,7 +36,7 @@ def start(data, workdir, **changes) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"XLA_FLAGS": programs.flags()},
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import fsspec
 import tqdm
 
 from data_pipelines import outages
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 
 # The folder to keep copies in, of whatever data set; it may be emptied at any time.
@@ -115,7 +115,7 @@ def _read(source: BinaryIO, path: str) -> bytes:
 
 @contextlib.contextmanager
 def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
-    descriptor = files.lock(path, wait=True)
+    descriptor = locks.lock(path, wait=True)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 from save_jax.progress import duration
 from save_jax.recorded import flatten
@@ -151,7 +151,7 @@ def lock(workdir: epath.PathLike) -> int | None:
 
     A child process that inherits the descriptor keeps the lock, even when its parent dies.
     """
-    return files.lock(pathlib.Path(workdir) / LOCK_FILE)
+    return locks.lock(pathlib.Path(workdir) / LOCK_FILE)
 
 
 def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:
@@ -251,7 +251,7 @@ def _unfinished(workdir: epath.Path, problems: list[str]) -> tuple[str, str]:
     if code is not None:
         return "stopped" if code in (0, os.EX_TEMPFAIL) else "failed", ""
     changes = []
-    for name in ("metrics.jsonl", "log.txt", "config.json", files.LOCK):
+    for name in ("metrics.jsonl", "log.txt", "config.json", locks.LOCK):
         with contextlib.suppress(FileNotFoundError):
             changes.append((workdir / name).stat().mtime)
     if held is False:
@@ -269,14 +269,14 @@ def _unfinished(workdir: epath.Path, problems: list[str]) -> tuple[str, str]:
 
 def _held(workdir: epath.Path) -> tuple[bool | None, str]:
     """Returns whether a process holds a run's directory, None if that is unknown, and which one."""
-    lock = workdir / files.LOCK  # a run has it from its first write to its end
+    lock = workdir / locks.LOCK  # a run has it from its first write to its end
     if files.is_remote(workdir):
         if not lock.exists():
             return False, ""
         holder = _object(lock, []).get("holder", "")
     else:
-        locked = files.is_locked(lock)
-        if locked or files.is_locked(workdir / LOCK_FILE):
+        locked = locks.is_locked(lock)
+        if locked or locks.is_locked(workdir / LOCK_FILE):
             return True, ""
         try:
             holder = lock.read_bytes().decode(errors="replace")

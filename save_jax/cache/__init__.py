@@ -1,9 +1,9 @@
-"""What frozen encoders make of a split, on disk: written once, read at every step instead.
+"""On-disk cache of frozen encoders' outputs: written once, then read at every step.
 
 `python -m save_jax.cache` writes a cache (`save_jax/cache/__main__.py`), `config.cache.dir` trains
-and evaluates from one. DIR/SPLIT/ holds one .npy file an array, a row a clip (or a caption), and
-meta.json, which says how far each array is and what it was made of: the weights, the data and the
-sizes. A run of other weights, data or sizes is refused.
+and evaluates from one. DIR/SPLIT/ holds one .npy file per array, with a row per clip (or caption),
+and meta.json, which says how many rows are complete and what the array was made of: weights, data
+and sizes. A run of other weights, data or sizes is refused.
 
 Nothing here needs TensorFlow: the arrays are plain NumPy files, mapped into memory.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Plan:
 
 
 def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) -> tuple[str, ...]:
-    """The parts that no update changes: those of encoders all of whose parameters are frozen.
+    """Returns the parts that can be cached: those of encoders whose parameters are all frozen.
 
     Args:
         model: for the branches that exist.
@@ -107,12 +107,12 @@ def frozen_parts(model: SAVEConfig, rates: OptimizerConfig, params: Parameters) 
 
 
 def weights_digest(tower: str, params: Parameters, mesh: jax.sharding.Mesh) -> str:
-    """A digest of names, shapes and values, wherever on the mesh they lie."""
+    """Returns a SHA-256 of names, shapes and values, however they are sharded."""
     digest = hashlib.sha256()
     for name in tower_parameters(tower, params):
         value = np.asarray(jax.device_put(params[name], sharding.replicated(mesh)))
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value))
+        digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
 
 
@@ -123,7 +123,7 @@ def plans(
     parts: Sequence[str],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Plan]:
-    """What the arrays of some parts must be for this model, these weights and this split."""
+    """Returns what the arrays of some parts must be for this model, weights and split."""
     clip = {"dtype": model.dtype} | {f"clip.{k}": v for k, v in vars(model.clip).items()}
     ast = {"dtype": model.dtype} | {f"ast.{k}": v for k, v in vars(model.ast).items()}
     dim, words = model.clip.embed_dim, split.transcript_ids.shape[1]
@@ -152,7 +152,7 @@ def plans(
 
 
 def digest(*facts: str | bytes) -> str:
-    """A digest of facts in their order."""
+    """Returns a SHA-256 of facts in their order."""
     found = hashlib.sha256()
     for fact in facts:
         fact = fact.encode() if isinstance(fact, str) else fact
@@ -161,7 +161,7 @@ def digest(*facts: str | bytes) -> str:
 
 
 def differences(name: str, found: Mapping[str, Any], plan: Plan) -> list[str]:
-    """In words: how what an array was made of differs from what it should be made of."""
+    """Returns a line for each way in which an array was made of something else than planned."""
     lines = []
     if found["weights"] != plan.weights:
         there, here = found["weights"][:12], plan.weights[:12]
@@ -182,7 +182,7 @@ def differences(name: str, found: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def read_meta(directory: pathlib.Path) -> dict[str, Any] | None:
-    """meta.json of a split's cache, or None where there is none.
+    """Reads meta.json of a split's cache; None where there is none.
 
     Raises:
         UserError: it is damaged, or of another version of this format.
@@ -208,27 +208,29 @@ def save_meta(directory: pathlib.Path, meta: Mapping[str, Any]) -> None:
     files.write(directory / "meta.json", json.dumps(meta, indent=1))
 
 
-def map_file(directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: str) -> np.ndarray:
-    """An array's file in memory.
+def map_file(
+    directory: pathlib.Path, name: str, entry: Mapping[str, Any], mode: Literal["r", "r+"]
+) -> np.memmap:
+    """Maps an array's file into memory.
 
     Raises:
         UserError: it is absent, or not what meta.json says.
     """
     path, dtype = directory / f"{name}.npy", jnp.dtype(entry["dtype"])
     try:
-        array = np.load(path, mmap_mode=mode)
+        array: np.memmap = np.load(path, mmap_mode=mode)
         if array.shape != tuple(entry["shape"]) or array.dtype != on_disk(dtype):
             raise ValueError(f"it holds {array.dtype} {array.shape}")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: expected {dtype} {tuple(entry['shape'])}, as meta.json beside it says, found "
-            f"otherwise ({error}). Remove {directory}, and write the cache again."
+            f"{path}: expected {dtype} {tuple(entry['shape'])}, as meta.json says, found "
+            f"something else ({error}). Remove {directory}, and write the cache again."
         ) from error
-    return array.view(dtype)
+    return cast(np.memmap, array.view(dtype))
 
 
 def on_disk(dtype: np.dtype) -> np.dtype:
-    """NumPy's files know no bfloat16: its bytes are kept as 16-bit integers."""
+    """Returns the dtype in the file: bfloat16, which NumPy's files lack, is stored as uint16."""
     return np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
 
 
@@ -250,17 +252,17 @@ class Cache:
         self.parts = frozenset(ARRAYS[name] for name in entries)
 
     def read(self, rows: np.ndarray, pairs: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Fields of a batch.
+        """Reads fields of a batch.
 
         Args:
             rows: the clips, as rows of the split.
             pairs: their captions, as rows of the table of captions; None in evaluation.
         """
-        training = pairs is not None
+        captions = rows if pairs is None else pairs
         return {
-            name: self._copy(array, pairs if ARRAYS[name] == "captions" else rows)
+            name: self._copy(array, captions if ARRAYS[name] == "captions" else rows)
             for name, array in self._arrays.items()
-            if training or ARRAYS[name] not in ONLY_TRAINING
+            if pairs is not None or ARRAYS[name] not in ONLY_TRAINING
         }
 
     def lay_over(
@@ -329,7 +331,7 @@ def open_split(
     lines = [x for name in usable for x in differences(name, usable[name], expected[name])]
     if lines:
         raise UserError(
-            f"{where} was made of something else than this run is of:\n"
+            f"{where} does not belong to this run (there: the cache; here: this run):\n"
             + "\n".join(lines)
             + "\nMake a cache for this run in another directory (python -m save_jax.cache "
             "--out=DIR with this run's config), or leave config.cache.dir empty."
@@ -338,11 +340,11 @@ def open_split(
         if entry["done"] < entry["shape"][0]:
             raise UserError(
                 f"{where}: {name} is not complete, it has {entry['done']} of {entry['shape'][0]} "
-                "rows. The command that was writing it goes on where it stopped."
+                "rows. Run the python -m save_jax.cache command that wrote it again: it resumes."
             )
     return Cache(where, usable)
 
 
 def has_split(directory: str | os.PathLike, split: str) -> bool:
-    """Whether there is a cache of a split, complete or not."""
+    """Says whether there is a cache of a split, complete or not."""
     return (pathlib.Path(directory) / split / "meta.json").exists()

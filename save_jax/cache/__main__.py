@@ -1,4 +1,4 @@
-"""Writes what frozen encoders make of a data set, so that training need not make it again.
+"""Writes the outputs of frozen encoders for a data set, so that training can read them.
 
 python -m save_jax.cache --config=configs/msrvtt.py --init_from=PATH --out=DIR [--parts=...]
     [--config.KEY=VALUE ...]
@@ -13,14 +13,17 @@ import sys
 import jax
 from absl import flags, logging
 
-from save_jax import cli, distributed, files
+from save_jax import cli, distributed, files, locks
 from save_jax.cache.build import SHOWN_PARTS, run
 from save_jax.errors import UserError, exit_codes
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "out", None, "Where the cache goes; it may be there in part.", flag_values=values
+        "out",
+        None,
+        "Directory of the cache; one that is incomplete is resumed.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "init_from",
@@ -51,7 +54,7 @@ def _alone(out: str) -> contextlib.AbstractContextManager:
     """Keeps other commands from writing the same cache meanwhile."""
     if jax.process_index():
         return contextlib.nullcontext()
-    return files.hold(pathlib.Path(out))
+    return locks.hold(pathlib.Path(out))
 
 
 @exit_codes

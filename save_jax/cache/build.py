@@ -22,7 +22,7 @@ def run(
     dtype: str = "float16",
     trust_archive: bool = False,
 ) -> None:
-    """Writes a cache, or what is missing of it.
+    """Writes a cache, or resumes an incomplete one.
 
     Args:
         config: a training run's.
@@ -68,10 +68,10 @@ def run(
 
 
 def _chosen(parts: Sequence[str] | None, frozen: Sequence[str]) -> Sequence[str]:
-    unknown = sorted(set(parts or ()) - set(cache.PARTS))
-    if unknown:
+    parts = parts or ()
+    if set(parts) - set(cache.PARTS):
         raise UserError(f"--parts={','.join(parts)}: expected some of {SHOWN_PARTS}")
-    moving = [part for part in parts or () if part not in frozen]
+    moving = [part for part in parts if part not in frozen]
     if moving:
         raise UserError(
             f"--parts={','.join(parts)}: {', '.join(moving)} would change while this config "
@@ -81,7 +81,7 @@ def _chosen(parts: Sequence[str] | None, frozen: Sequence[str]) -> Sequence[str]
         )
     if all(part == "teacher" for part in parts or frozen):
         raise UserError(
-            "no encoder is frozen that a cache could stand for: config.optimizer.clip=0 (and "
+            "nothing to cache: no encoder is frozen. config.optimizer.clip=0 (and "
             ".clip_stem=0) freeze CLIP, config.optimizer.ast=0 freezes AST"
         )
     return parts or frozen

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from save_jax import cache, parameters, sharding
+from save_jax import cache, sharding
 from save_jax.batch import Batch
 from save_jax.cache import ARRAYS, Plan, Split
 from save_jax.errors import UserError
-from save_jax.models.save import FEATURES, SAVE, SAVEConfig
+from save_jax.models import save
+from save_jax.models.save import FEATURES, SAVEConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, say
 
@@ -58,14 +59,15 @@ class _Files:
                 lines.append(f"  {name}: stored as {entry['dtype']} there, {dtypes[name]} here")
         if lines:
             raise UserError(
-                f"{directory} holds a cache of something else:\n"
+                f"{directory} holds a cache of something else (there: the cache, here: this "
+                "command):\n"
                 + "\n".join(lines)
                 + "\nChoose another --out, or remove that directory."
             )
         if jax.process_index() == 0:
             self._reserve(new)
         self._entries |= new
-        self._arrays = {}
+        self._arrays: dict[str, np.memmap] = {}
         if jax.process_index() == 0:
             cache.save_meta(directory, self._meta())
             self._arrays = {k: cache.map_file(directory, k, self._entries[k], "r+") for k in wanted}
@@ -112,12 +114,12 @@ class _Files:
             raise UserError(f"{path}: no room for {_bytes(size)}: {error.strerror}") from error
 
     def done(self, names: Sequence[str]) -> int:
-        """Rows that all of these arrays have; the same on every process."""
+        """Returns how many rows all of these arrays have; the same on every process."""
         least = min((self._entries[name]["done"] for name in names), default=0)
         return int(multihost_utils.broadcast_one_to_all(np.int32(least)))
 
     def unfinished(self, part: Callable[[str], bool]) -> list[str]:
-        """The arrays of some parts that lack rows; the same on every process."""
+        """Returns the arrays of some parts that lack rows; the same on every process."""
         names = [name for name in self._wanted if part(ARRAYS[name])]
         return [name for name in names if self.done([name]) < self._entries[name]["shape"][0]]
 
@@ -165,7 +167,7 @@ def write(
     mesh: jax.sharding.Mesh,
     batch_size: int,
 ) -> None:
-    """Writes the cache of a split, or what is missing of it.
+    """Writes the cache of a split, or resumes an incomplete one.
 
     Args:
         directory: the cache, DIR.
@@ -195,18 +197,18 @@ def write(
     if names:
 
         def encode(params: Parameters, batch: Batch) -> dict[str, jax.Array]:
-            net: SAVE = parameters.merge(structure, params)
+            net = save.merge(structure, params)
             given = {name: getattr(batch, name) for name in names if name not in FEATURES}
             with sharding.on_mesh(mesh):
                 given |= net.features(batch, [name for name in names if name in FEATURES])
             given |= {name: given[name].astype(dtypes[name]) for name in given}
             return given | {"index": batch.index}
 
-        encode = jax.jit(encode, out_shardings=everywhere)
+        jitted = jax.jit(encode, out_shardings=everywhere)
         progress = Progress(f"caching {split.name}: clips", split.clips - first * batch_size)
         done = first * batch_size
         for _, batch in sharding.prefetch(batches(first), mesh):
-            rows = jax.tree.map(np.asarray, encode(params, batch))
+            rows = jax.tree.map(np.asarray, jitted(params, batch))
             index = rows.pop("index")
             real = index >= 0
             for name, values in rows.items():
@@ -220,7 +222,7 @@ def write(
     names = files.unfinished(lambda part: part == "captions")
     if names:
         encode_text = jax.jit(
-            lambda params, ids: parameters.merge(structure, params).encode_text(ids),
+            lambda params, ids: save.merge(structure, params).encode_text(ids),
             out_shardings=everywhere,
         )
         done, total = files.done(names), len(split.caption_ids)

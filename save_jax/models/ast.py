@@ -26,10 +26,11 @@ class ASTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along frequency and along time."""
-        return tuple(
+        """The numbers of patches along frequency and along time."""
+        rows, columns = (
             (n - self.patch_size) // self.stride + 1 for n in (self.mel_bins, self.fbank_frames)
         )
+        return rows, columns
 
     @property
     def patches(self) -> int:
@@ -40,7 +41,7 @@ VARIANTS = {"base": ASTConfig()}
 
 
 class AST(nnx.Module):
-    """Filterbanks in, one state a patch out, with the pooled token first."""
+    """Filterbanks in, one state per patch out, with the pooled token first."""
 
     def __init__(
         self,
@@ -80,11 +81,11 @@ class AST(nnx.Module):
         self.norm = layers.layer_norm(width, EPSILON, dtype, rngs)
 
     def __call__(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
-        """The trunk's states, then the final LayerNorm."""
+        """Returns the trunk's states after the final LayerNorm."""
         return self.norm(self.trunk(fbank))
 
     def trunk(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
-        """[mean of class and distillation tokens; patch tokens]: all that comes before `norm`."""
+        """Returns [mean of class and distillation tokens; patch tokens], before `norm`."""
         # The trunk sees an image of frequency (rows) × time (columns) with one channel.
         x = self.patch_embed(fbank.swapaxes(1, 2)[..., None])
         x = x.reshape(x.shape[0], -1, x.shape[-1])

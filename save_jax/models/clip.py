@@ -55,7 +55,7 @@ class CLIPConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens an image becomes: its patches and the class token."""
+        """The number of tokens of an image: its patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -68,7 +68,7 @@ VARIANTS = {
 
 
 class VisionTransformer(nnx.Module):
-    """Images in, one embedding an image out: the projected class token."""
+    """Images in, one embedding per image out: the projected class token."""
 
     def __init__(self, config: CLIPConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, normal = config.vision_width, nnx.initializers.normal(config.vision_width**-0.5)
@@ -108,7 +108,7 @@ class VisionTransformer(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-    """Byte-pair ids in, one projected state a token out."""
+    """Byte-pair ids in, one projected state per token out."""
 
     def __init__(self, config: CLIPConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, normal = config.text_width, nnx.initializers.normal
@@ -138,13 +138,13 @@ class TextTransformer(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens dim"]:
-        """All token states, padding included: what speech uses."""
+        """Returns all token states, padding included, as speech uses them."""
         x = self.token_embedding[...][ids] + self.positional_embedding[: ids.shape[1]]
         x = self.ln_final(self.blocks(x.astype(self.dtype)))
         return x @ self.text_projection[...].astype(x.dtype)
 
     def pool(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
-        """One embedding a text: the state at the end token, which has the largest id."""
+        """Returns one embedding per text: the state at the end token, which has the largest id."""
         return jnp.take_along_axis(self(ids), ids.argmax(axis=1)[:, None, None], axis=1)[:, 0]
 
 

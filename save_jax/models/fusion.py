@@ -75,7 +75,7 @@ class AudioResampler(nnx.Module):
 
 
 class Gate(nnx.Module):
-    """One scalar a clip in (−1, 1): how much of a modality to let in (spec section 4, step 1)."""
+    """One scalar per clip in (−1, 1): how much of a modality to let in (spec section 4, step 1)."""
 
     def __init__(
         self, width: int, *, init_std: float = layers.INIT_STD, dtype: jnp.dtype, rngs: nnx.Rngs

@@ -50,12 +50,12 @@ class ImageBindConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens an image becomes: its patches and the class token."""
+        """The number of tokens of an image: its patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
     def audio_tokens(self) -> int:
-        """Tokens a filterbank becomes: its patches and the class token."""
+        """The number of tokens of a filterbank: its patches and the class token."""
         rows, columns = (
             (n - self.audio_patch) // self.audio_stride + 1
             for n in (self.mel_bins, self.fbank_frames)
@@ -67,13 +67,13 @@ VARIANTS = {"huge": ImageBindConfig.huge()}
 
 
 def _unit(x: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
-    """L2-normalised, in float32."""
+    """Normalises to unit length, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class _Trunk(nnx.Module):
-    """Patches in, one vector an input out: what both towers share."""
+    """Patches in, one vector per input out: what both towers share."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class _Trunk(nnx.Module):
         self.head = nnx.Linear(width, config.embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "batch patches width"]) -> Float[Array, "batch dim"]:
-        """The unit vector of the class token."""
+        """Returns the unit vector of the class token."""
         b, _, width = patches.shape
         token = jnp.broadcast_to(self.cls_token[...].astype(patches.dtype), (b, 1, width))
         x = jnp.concatenate([token, patches], axis=1) + self.pos_embed[...].astype(patches.dtype)
@@ -117,7 +117,7 @@ class _Trunk(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Images in, one unit vector an image out."""
+    """Images in, one unit vector per image out."""
 
     def __init__(self, config: ImageBindConfig, *, rngs: nnx.Rngs):
         width, self.dtype = config.vision_width, jnp.dtype(config.dtype)
@@ -144,7 +144,7 @@ class VisionTower(nnx.Module):
 
 
 class AudioTower(nnx.Module):
-    """Filterbanks of two seconds in, one vector of length 20 a filterbank out."""
+    """Filterbanks of two seconds in, one vector of length 20 per filterbank out."""
 
     def __init__(self, config: ImageBindConfig, *, rngs: nnx.Rngs):
         width, self.dtype = config.audio_width, jnp.dtype(config.dtype)
@@ -198,7 +198,7 @@ class ImageBind(nnx.Module):
 
 
 def abstract(config: ImageBindConfig) -> tuple[params.Structure, params.Parameters]:
-    """Structure and shapes, without computing any parameter."""
+    """Returns structure and shapes, without computing any parameter."""
     return params.split(nnx.eval_shape(lambda: ImageBind(config, nnx.Rngs(params=0))))
 
 
@@ -207,10 +207,10 @@ def make_embed(
     load: Callable[[], params.Parameters],
     devices: Sequence[Any] | None = None,
 ) -> Embed:
-    """Compiled functions of the towers on this process's devices, a clip a device at a time.
+    """Compiles the towers for this process's devices, one clip per device at a time.
 
-    The frames of one clip are work enough for an accelerator, and so a clip's vector does not
-    depend on which clips came with it, not even in its last bit.
+    The frames of one clip keep an accelerator busy, and a clip's vector does not depend on the
+    clips that came with it, not even in its last bit.
 
     Args:
         config: sizes and compute dtype. In float32 products are computed in full precision.

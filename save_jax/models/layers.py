@@ -6,7 +6,7 @@ whatever the dtype. Parameter names follow CLIP's, so that a checkpoint table re
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ Initializer = nnx.Initializer
 Activation = Callable[[Array], Array]
 
 # What a block keeps for the backward pass: everything; the results of its matrix products with
-# parameters; nothing but its input, so that all of it is computed again.
+# parameters; its input alone, so that all of it is recomputed.
 REMAT_POLICIES = {
     "none": None,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -31,17 +31,17 @@ INIT_STD = 0.02  # of what starts from nothing (spec section 7); it belongs to a
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """CLIP's approximation of GELU, x·σ(1.702x) (spec section 2)."""
+    """Applies CLIP's approximation of GELU, x·σ(1.702x) (spec section 2)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU by the error function, as in AST and ImageBind (spec sections 2 and 8)."""
+    """Applies GELU by the error function, as in AST and ImageBind (spec sections 2 and 8)."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with statistics in float32 and epsilon inside the root."""
+    """Makes a LayerNorm with statistics in float32 and epsilon inside the root."""
     # The fast variance E[x²] − E[x]² cancels catastrophically where |mean| >> std.
     return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
@@ -56,7 +56,7 @@ class BlockInit(NamedTuple):
 
     @classmethod
     def clip(cls, width: int, layers: int) -> "BlockInit":
-        """CLIP's own, for towers trained from scratch: residual branches scaled by depth."""
+        """Returns CLIP's, for towers trained from scratch: residual branches scaled by depth."""
         normal = nnx.initializers.normal
         residual = width**-0.5 * (2 * layers) ** -0.5
         return cls(
@@ -65,7 +65,7 @@ class BlockInit(NamedTuple):
 
     @classmethod
     def normal(cls, std: float = INIT_STD) -> "BlockInit":
-        """Spec section 7: normal, with Xavier-uniform in-projections."""
+        """Returns those of spec section 7: normal, with Xavier-uniform in-projections."""
         normal = nnx.initializers.normal(std)
         return cls(nnx.initializers.xavier_uniform(), normal, normal, normal)
 
@@ -109,6 +109,7 @@ class Attention(nnx.Module):
         if context is None:
             q, k, v = jnp.split(self.in_proj(x), 3, axis=-1)
         else:
+            assert self.in_proj.bias is not None  # made with one, above
             kernel, bias, dtype = self.in_proj.kernel[...], self.in_proj.bias[...], x.dtype
             width = x.shape[-1]
             q = x @ kernel[:, :width].astype(dtype) + bias[:width].astype(dtype)
@@ -140,17 +141,21 @@ def attend(
         causal: query n sees keys 0 to n only.
         kernel: one of ATTENTION_KERNELS.
     """
-    queries, keys, lengths = q.shape[1], k.shape[1], {}
+    queries, keys = q.shape[1], k.shape[1]
+    query_lengths = key_lengths = None
     if kernel == "cudnn":
         q, k, v = _even(q), _even(k), _even(v)
         if keys % 2:
             # The added query counts as a real one: a softmax over no keys is no number, which the
             # gradient's zeros would not remove.
-            lengths = {
-                "query_seq_lengths": _lengths(q, q.shape[1]),
-                "key_value_seq_lengths": _lengths(k, keys),
-            }
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel, **lengths)
+            query_lengths, key_lengths = _lengths(q, q.shape[1]), _lengths(k, keys)
+    out = jax.nn.dot_product_attention(
+        *(q, k, v),
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation=cast(Literal["xla", "cudnn"], kernel),
+    )
     return out[:, :queries]
 
 
@@ -162,7 +167,7 @@ def _even(
 
 
 def _lengths(x: Float[Array, "batch ..."], length: int) -> Int[Array, " batch"]:
-    """The same length for each row of x, and on the same device."""
+    """Returns the same length for each row of x, sharded as x is."""
     return sharding.shard_rows(jnp.full(len(x), length, jnp.int32))
 
 
@@ -241,8 +246,8 @@ class Stack(nnx.Module):
     """`depth` blocks of one kind, their parameters stacked along a leading layer axis.
 
     One `lax.scan` runs them: the program holds one block's code whatever the depth, which keeps
-    the compile time of twelve layers near that of one. Parameters that are sliced over devices
-    (`save_jax.sharding`) are put together one layer at a time.
+    the compile time of twelve layers near that of one. Sharded parameters (`save_jax.sharding`)
+    are all-gathered one layer at a time.
     """
 
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
@@ -261,13 +266,14 @@ class Stack(nnx.Module):
             block = nnx.merge(graphdef, sharding.all_gather(layer))
             return block(sharding.shard_rows(x), *context), None
 
+        run: Callable[..., Any] = body
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, layers)[0]
+            run = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x, layers)[0]
 
 
 def set_execution(model: nnx.Module, *, remat: str, attention: str) -> None:
-    """Decides, in place, how a model is computed; what it computes stays the same.
+    """Sets, in place, how a model is computed; its results stay the same.
 
     Args:
         model: any model made of the layers above.

@@ -1,7 +1,7 @@
-"""SAVE: what is seen, heard and said in; embeddings of captions and videos out (spec 1-5)."""
+"""SAVE: sight, sound and speech in; embeddings of captions and videos out (spec sections 1-5)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from save_jax import parameters
 from save_jax.batch import Batch
 from save_jax.models import layers
 from save_jax.models.ast import AST, ASTConfig
 from save_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPConfig
 from save_jax.models.fusion import AudioResampler, GatedFusion
+from save_jax.parameters import Structure
 
 # What starts as a copy of CLIP's text tower (spec section 7), in every block of these stacks.
 STACKS_FROM_TEXT = ("audio_resampler", "audio_fusion", "speech_fusion")
@@ -21,12 +23,12 @@ FROM_TEXT_BLOCKS = ("attn", "ln_1", "mlp", "ln_2")
 
 
 class Feature(NamedTuple):
-    """What an encoder makes of a batch, and what a batch may bring already.
+    """An output of an encoder, which a batch may bring already.
 
     Attributes:
         source: the batch's field that the encoder reads.
         tower: the start of the names of its parameters.
-        branch: the weight in SAVEConfig without which there is no such encoder; "" = there is.
+        branch: the weight in SAVEConfig that, at 0, leaves the encoder out; "" = always there.
     """
 
     source: str
@@ -65,9 +67,9 @@ class SAVEConfig:
         fusion_layers: blocks of the resampler and of each fusion stack.
         audio_queries: learned queries of the resampler.
         init_std: standard deviation of the weights that start from nothing. Narrow models want
-            more: at width 64, 0.02 leaves the gates all but shut.
+            more: at width 64, 0.02 leaves the gates nearly closed.
         dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
-        remat: what is computed again in the backward pass (`layers.REMAT_POLICIES`): memory for
+        remat: what is recomputed in the backward pass (`layers.REMAT_POLICIES`): memory for
             time, the results are the same.
         attention: which kernel computes attention (`layers.ATTENTION_KERNELS`).
     """
@@ -86,13 +88,13 @@ class SAVEConfig:
     attention: str = "xla"
 
     def has(self, feature: str) -> bool:
-        """Whether the model has the encoder of a feature (one of FEATURES)."""
+        """Says whether the model has the encoder of a feature (one of FEATURES)."""
         branch = FEATURES[feature].branch
         return not branch or bool(getattr(self, branch))
 
     @property
     def fusion_heads(self) -> int:
-        """8 heads at CLIP's width of 512: 64 channels a head, as CLIP itself has."""
+        """8 heads at CLIP's width of 512: 64 channels per head, as in CLIP itself."""
         return max(1, self.clip.embed_dim // 64)
 
 
@@ -155,13 +157,13 @@ class SAVE(nnx.Module):
         layers.set_execution(self, remat=config.remat, attention=config.attention)
 
     def encode_text(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
-        """Captions as vectors, not normalised."""
+        """Embeds captions, not normalised."""
         return self.clip.text.pool(ids)
 
     def encode_frames(
         self, frames: UInt8[Array, "batch frames height width 3"], mask: Bool[Array, "batch frames"]
     ) -> Float[Array, "batch frames dim"]:
-        """Frames as vectors, without positions; padding is the mean colour (spec section 1)."""
+        """Embeds frames, without positions; padding is the mean colour (spec section 1)."""
         x = frames.astype(jnp.float32) / 255
         x = (x - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
         x = jnp.where(mask[..., None, None, None], x, 0).astype(self.dtype)
@@ -170,42 +172,42 @@ class SAVE(nnx.Module):
     def encode_audio(
         self, fbank: Float[Array, "batch time mel"]
     ) -> Float[Array, "batch tokens width"]:
-        """Sound as states of AST's trunk: what comes before its LayerNorm, which may train."""
+        """Returns the states of AST's trunk, before its final LayerNorm, which may train."""
         return self.ast.trunk(fbank.astype(self.dtype))
 
     def encode_speech(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens dim"]:
-        """Transcripts as projected token states, padding included."""
+        """Returns projected token states of transcripts, padding included."""
         return self.clip.text(ids)
 
     def encode_video(self, batch: Batch) -> VideoEmbedding:
-        """Everything a video has, merged into its frames (spec sections 2 to 5).
+        """Merges sight, sound and speech of videos into their frames (spec sections 2 to 5).
 
-        What a frozen encoder makes of it may be in the batch already (`save_jax.cache`).
+        Outputs of frozen encoders may be in the batch already (`save_jax.cache`).
         """
         v = self._given(batch.frame_embeddings)
         if v is None:
-            v = self.encode_frames(batch.frames, batch.frame_mask)
+            v = self.encode_frames(_required(batch, "frames"), batch.frame_mask)
         if self.config.frame_positions:
             v = v + self.frame_positions[: v.shape[1]].astype(v.dtype)
         fused, audio = self.config.vision_weight * v, None
         if self.config.sound_weight:
             states = self._given(batch.ast_states)
             if states is None:
-                states = self.encode_audio(batch.fbank)
+                states = self.encode_audio(_required(batch, "fbank"))
             audio = self.audio_resampler(self.audio_projection(self.ast.norm(states)))
             fused = fused + self.config.sound_weight * self.audio_fusion(v, audio)
         if self.config.speech_weight:
             speech = self._given(batch.speech_states)
             if speech is None:
-                speech = self.encode_speech(batch.transcript_ids)
+                speech = self.encode_speech(_required(batch, "transcript_ids"))
             fused = fused + self.config.speech_weight * self.speech_fusion(v, speech)
         return VideoEmbedding(fused, v, audio, batch.frame_mask)
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "batch dim"], VideoEmbedding]:
-        """Caption and video embeddings of a training batch."""
+        """Embeds captions and videos of a training batch."""
         text = self._given(batch.caption_embeddings)
         if text is None:
-            text = self.encode_text(batch.caption_ids)
+            text = self.encode_text(_required(batch, "caption_ids"))
         return text, self.encode_video(batch)
 
     def features(self, batch: Batch, names: Collection[str]) -> dict[str, Array]:
@@ -219,16 +221,37 @@ class SAVE(nnx.Module):
             The features by name, in the compute dtype.
         """
         make = {
-            "frame_embeddings": lambda: self.encode_frames(batch.frames, batch.frame_mask),
-            "caption_embeddings": lambda: self.encode_text(batch.caption_ids),
-            "ast_states": lambda: self.encode_audio(batch.fbank),
-            "speech_states": lambda: self.encode_speech(batch.transcript_ids),
+            "frame_embeddings": lambda: self.encode_frames(
+                _required(batch, "frames"), batch.frame_mask
+            ),
+            "caption_embeddings": lambda: self.encode_text(_required(batch, "caption_ids")),
+            "ast_states": lambda: self.encode_audio(_required(batch, "fbank")),
+            "speech_states": lambda: self.encode_speech(_required(batch, "transcript_ids")),
         }
         return {name: make[name]() for name in names}
 
     def _given(self, features: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
-        """What a batch brings of an encoder's results, in the compute dtype."""
+        """Returns an encoder's outputs that a batch brings, in the compute dtype."""
         return None if features is None else features.astype(self.dtype)
+
+
+def _required(batch: Batch, field: str) -> Array:
+    """Returns an input of an encoder.
+
+    Raises:
+        ValueError: the batch lacks it.
+    """
+    value = getattr(batch, field)
+    if value is None:
+        raise ValueError(f"the batch has no {field}, which this model reads: see save_jax/batch.py")
+    return value
+
+
+def merge(structure: Structure, params: Mapping[str, Array | jax.ShapeDtypeStruct]) -> SAVE:
+    """Puts the model together from its structure and parameters (`parameters.merge`)."""
+    model = parameters.merge(structure, params)
+    assert isinstance(model, SAVE)
+    return model
 
 
 def copy_clip_into_fusion(model: SAVE) -> None:
@@ -260,7 +283,7 @@ def copy_clip_into_fusion(model: SAVE) -> None:
 
 
 def create(config: SAVEConfig, seed: int) -> SAVE:
-    """A model with random encoders and the new parts copied from CLIP's text tower."""
+    """Makes a model with random encoders and the new parts copied from CLIP's text tower."""
     model = SAVE(config, nnx.Rngs(params=seed))
     copy_clip_into_fusion(model)
     return model

@@ -9,7 +9,8 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import NoReturn
 
 import jax
 from flax import nnx
@@ -17,7 +18,7 @@ from flax import nnx
 from configs import base
 from save_jax import checkpoint, files, parameters, recorded
 from save_jax import config as configuration
-from save_jax.errors import UserError, exit_codes
+from save_jax.errors import EXIT_CODES, UserError, exit_codes
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
 from save_jax.weights import export, loading
@@ -25,21 +26,29 @@ from save_jax.weights.files.recognise import FACTS, OURS, open_source, recorded_
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\n{self.format_usage()}".rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m save_jax.weights", description=__doc__.split("\n")[0])
+    parser = _Parser(
+        prog="python -m save_jax.weights",
+        description=__doc__.split("\n")[0],
+        epilog=EXIT_CODES,
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     imports = commands.add_parser(
         "import",
-        help="write a checkpoint of ours that --config.init_from reads",
+        help="write a checkpoint of this project, which --config.init_from reads",
         description="Reads CLIP, AST, SAVE, AVIGATE or CLIP4Clip weights of any form. The "
         "checkpoint holds what the sources hold, in float32, and no more.",
     )
-    imports.add_argument("source", nargs="+", help="path or hub id; clip=… or ast=… takes a part")
+    imports.add_argument(
+        "source",
+        nargs="+",
+        help="path, or OWNER/NAME on the Hugging Face Hub; clip=… or ast=… takes one part",
+    )
     imports.add_argument("--config", help="config file of the model that the sources must fit")
     imports.add_argument("--clip", help=f"CLIP that they must fit: {', '.join(clip.VARIANTS)}")
     imports.add_argument("--ast", help=f"AST that they must fit: {', '.join(ast.VARIANTS)}")
@@ -53,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a checkpoint as one file",
         description="save-pytorch: torch.save of a state dictionary with the reference's names. "
-        "safetensors: our own names, float32.",
+        "safetensors: this project's names, float32.",
     )
     exports.add_argument("source", help="workdir or checkpoint; any other source works too")
     exports.add_argument("--format", required=True, choices=export.FORMATS)
@@ -72,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _appearing_at_once(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, of what appears as `out`, in a folder that is made if need be."""
+def _appearing_at_once(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
+    """Yields a temporary path, renamed to `out` once all is written, and removed if not."""
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,25 +98,26 @@ def _check_free(out: pathlib.Path, overwrite: bool) -> None:
     if not out.exists() or empty:
         return
     if not overwrite:
-        raise UserError(f"{out} exists: give another --out, or --overwrite")
+        raise UserError(f"--out={out} exists: give another --out, or --overwrite to replace it")
     if out.is_dir() and not (out / FACTS).exists():
-        raise UserError(f"{out} is a directory that no import has made: give another --out")
+        raise UserError(f"--out={out} is a directory that no import made: give another --out")
 
 
 def _model(args: argparse.Namespace) -> SAVEConfig | None:
     if args.config:
         if args.clip or args.ast:
-            raise UserError("--config says the sizes of CLIP and AST: leave --clip and --ast out")
+            raise UserError("--config gives the sizes of CLIP and AST: leave out --clip and --ast")
         return configuration.model_config(configuration.read(args.config), devices=())
     if not args.clip and not args.ast:
         return None
-    sizes = {}
     for kind, variants in (("clip", clip.VARIANTS), ("ast", ast.VARIANTS)):
-        if name := getattr(args, kind):
-            if name not in variants:
-                raise UserError(f"--{kind}={name}: expected one of {', '.join(variants)}")
-            sizes[kind] = variants[name]
-    return SAVEConfig(**sizes)
+        if (name := getattr(args, kind)) and name not in variants:
+            raise UserError(f"--{kind}={name}: expected one of {', '.join(variants)}")
+    default = SAVEConfig()
+    return SAVEConfig(
+        clip.VARIANTS[args.clip] if args.clip else default.clip,
+        ast.VARIANTS[args.ast] if args.ast else default.ast,
+    )
 
 
 def _import(args: argparse.Namespace) -> None:

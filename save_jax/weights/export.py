@@ -26,7 +26,7 @@ _FLOAT32 = re.compile(
 
 
 def reference_dtype(name: str) -> str:
-    """The dtype that published checkpoints have for a tensor, by its name (spec section 12)."""
+    """Returns the dtype of a tensor in published checkpoints, by its name (spec section 12)."""
     half = name.startswith("clip.") and not _FLOAT32.search(name)
     return "float16" if half else "float32"
 
@@ -34,7 +34,7 @@ def reference_dtype(name: str) -> str:
 def to_state(
     parameters: table.State, dtypes: str = "lossless", names: Mapping[str, str] = {}
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Parameters as the reference's state dictionary.
+    """Turns parameters into the reference's state dictionary.
 
     Args:
         parameters: by our names, the whole model's or a part.

@@ -1,15 +1,15 @@
-"""Weights from elsewhere, for a model of ours: what `config.init_from` does."""
+"""Loads weights of other implementations into our model: what `config.init_from` does."""
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from save_jax.errors import UserError
 from save_jax.models.save import FROM_TEXT_BLOCKS, STACKS_FROM_TEXT, SAVEConfig
-from save_jax.parameters import Parameters
 from save_jax.weights import positions
 from save_jax.weights import table as tables
 from save_jax.weights.files.recognise import OURS, SAVE, Source, open_source
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
         names: PyTorch's name, as the (last) file spelled it -> dtype there.
     """
 
-    parameters: Parameters
+    parameters: dict[str, jax.Array]
     absent: tuple[str, ...]
     notes: tuple[str, ...]
     names: Mapping[str, str]
@@ -42,7 +42,7 @@ def load(
     *,
     trust_archive: bool = False,
 ) -> Loaded:
-    """Reads one source or several, each whatever it is (see `sources`), into a model of ours.
+    """Reads sources of whatever format (see `files.recognise`) into a model of ours.
 
     A source of CLIP gives `clip.*`, one of AST `ast.*`; one of SAVE, AVIGATE or CLIP4Clip what it
     has. Tables of positions are fitted to the config's grid. If CLIP's text tower came in and a
@@ -76,7 +76,7 @@ def read(
     *,
     trust_archive: bool = False,
 ) -> Loaded:
-    """What sources hold, and no more; arguments and errors as `load`.
+    """Reads what sources hold, and no more; arguments and errors as `load`.
 
     Without `config` and `expected` the sizes are the sources' own.
     """
@@ -93,7 +93,7 @@ def read(
                     f"parameters: {tables.listing(twice)}. Name the part to take from each: "
                     "clip=…,ast=…"
                 )
-    parameters: Parameters = {}
+    parameters: dict[str, jax.Array] = {}
     notes: list[str] = []
     names: dict[str, str] = {}
     for one, shapes, fitted in plans:
@@ -111,7 +111,7 @@ def read(
 
 
 def parse(source: str | Mapping[str, str] | Sequence[str]) -> list[tuple[str, str]]:
-    """The parts ("" for all of it) and places that a source names.
+    """Returns the parts ("" for all of it) and places that a source names.
 
     Raises:
         UserError: nothing, or a part twice.
@@ -136,7 +136,7 @@ def parse(source: str | Mapping[str, str] | Sequence[str]) -> list[tuple[str, st
 
 
 def _unit(name: str) -> str:
-    """Which of the parts that a checkpoint has or lacks as a whole a parameter belongs to."""
+    """Returns a parameter's unit: checkpoints have or lack a unit as a whole."""
     top = name.split(".")[0]
     return "sound" if top.startswith("audio_") else top
 
@@ -144,7 +144,7 @@ def _unit(name: str) -> str:
 def _plan(
     source: Source, config: SAVEConfig | None, expected: Mapping[str, Any] | None
 ) -> tuple[Source, dict[str, tables.Shape], list[str]]:
-    """The shapes of the parameters to take from a source, with positions fitted to the config."""
+    """Plans which parameters to take from a source, with positions fitted to the config."""
     table = source.format.table
     held = table.holders(map(table.canonical, source.tensors)).values()
     tops = {row.ours.split(".")[0] for row in held}
@@ -195,7 +195,7 @@ def _fit_positions(
     config: SAVEConfig,
     notes: list[str],
 ) -> Tensors:
-    """The source's tensors, with tables of positions of the config's sizes."""
+    """Returns the source's tensors, with tables of positions resized to the config's sizes."""
     side = config.clip.image_size // config.clip.patch_size
     tensors, table = dict(source.tensors), source.format.table
     for ours, fit, grid in (
@@ -218,7 +218,7 @@ def _fit_positions(
 
 
 def _spelled(source: Source, shapes: Mapping[str, tables.Shape]) -> dict[str, str]:
-    """The names a PyTorch file of SAVE's has for these parameters -> the dtypes found here."""
+    """Returns names of these parameters in a PyTorch file of SAVE -> dtypes found here."""
     if source.format is OURS:  # float32 whatever they came from
         return {}
     table, result = source.format.table, {}
@@ -232,7 +232,7 @@ def _spelled(source: Source, shapes: Mapping[str, tables.Shape]) -> dict[str, st
     return result
 
 
-def _start_from_clip(parameters: Parameters, expected: Mapping[str, Any]) -> list[str]:
+def _start_from_clip(parameters: dict[str, jax.Array], expected: Mapping[str, Any]) -> list[str]:
     """Copies CLIP's text tower into the new parts that no source gave; see spec section 7."""
     if "clip.text.positional_embedding" not in parameters:
         return []

@@ -21,7 +21,7 @@ def _cubic(offset: np.ndarray) -> np.ndarray:
 def _weights(
     old: int, new: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
 ) -> np.ndarray:
-    """[new, old]: how much of each old value is in a new one, along one axis.
+    """Returns [new, old]: the weight of each old value in a new one, along one axis.
 
     `torch.nn.functional.interpolate` with align_corners=False: half-pixel centres, the edge
     repeated outwards, no antialiasing.
@@ -42,7 +42,7 @@ def _bicubic(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _crop_or_stretch(grid: np.ndarray, axis: int, new: int) -> np.ndarray:
-    """The middle of an axis, or the axis made longer by linear interpolation."""
+    """Crops an axis to its middle, or stretches it by linear interpolation."""
     old = grid.shape[axis]
     if new <= old:
         first = old // 2 - new // 2
@@ -51,11 +51,11 @@ def _crop_or_stretch(grid: np.ndarray, axis: int, new: int) -> np.ndarray:
 
 
 def fit_clip(table: np.ndarray, side: int) -> np.ndarray:
-    """CLIP's vision positions for another number of patches a side: bicubic.
+    """Resizes CLIP's vision positions to another number of patches per side: bicubic.
 
     Args:
         table: [1 + n·n, width], the class token first.
-        side: patches a side.
+        side: patches per side.
 
     Returns:
         [1 + side·side, width], float32.
@@ -70,7 +70,7 @@ def fit_clip(table: np.ndarray, side: int) -> np.ndarray:
 
 
 def ast_grid(patches: int, rows: int) -> tuple[int, int]:
-    """The grid (frequency × time) that a table of positions was made for.
+    """Returns the grid (frequency × time) that a table of positions was made for.
 
     A table does not say. The published models have 12×101 patches and the image model that AST
     starts from has 24×24; others are taken to have as many rows as the model they go into.
@@ -89,7 +89,7 @@ def ast_grid(patches: int, rows: int) -> tuple[int, int]:
 
 
 def fit_ast(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """AST's positions for another grid: along each axis the middle, or bilinear where longer.
+    """Resizes AST's positions to another grid: each axis cropped, or bilinear where longer.
 
     Time first, as the original does (Gong et al. 2021, section 2.2, and its code).
 

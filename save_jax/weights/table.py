@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from save_jax.errors import UserError
-from save_jax.parameters import Parameters
 from save_jax.weights.files.tensor import Shape, Tensor
 
 LAYER = ".*."  # stands for the layer's number in PyTorch's names: "resblocks.*.ln_1.weight"
@@ -49,7 +48,7 @@ TWO_LEADING = Transform(lambda x: x[0, 0], lambda x: x[None, None])
 class Row(NamedTuple):
     """One parameter: PyTorch's name, ours, and the transform from theirs to ours and back.
 
-    A name with `LAYER` in it stands for one tensor a layer, which we keep stacked. Several names
+    A name with `LAYER` in it stands for one tensor per layer, which we keep stacked. Several names
     stand for tensors that we keep joined along PyTorch's first axis, before the transform.
     """
 
@@ -64,11 +63,11 @@ class Row(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether PyTorch keeps one tensor a layer."""
+        """Whether PyTorch keeps one tensor per layer."""
         return LAYER in self.names[0]
 
     def under(self, torch: str, ours: str) -> "Row":
-        """The same row below a prefix on either side."""
+        """Returns the same row below a prefix on either side."""
         names = tuple(torch + name for name in self.names)
         return self._replace(torch=names if len(names) > 1 else names[0], ours=ours + self.ours)
 
@@ -78,7 +77,7 @@ class Table:
     """All of one model's names.
 
     Attributes:
-        rows: one a parameter.
+        rows: one per parameter.
         unused: `fnmatch` patterns of PyTorch's names that may be present and mean nothing to us.
         renamed: regular expression -> replacement, other spellings of PyTorch's names.
     """
@@ -88,7 +87,7 @@ class Table:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def row(self, ours: str) -> Row:
-        """The row of one of our names.
+        """Returns the row of one of our names.
 
         Raises:
             KeyError: the table has no such row, which is a mistake in the table.
@@ -99,18 +98,18 @@ class Table:
         raise KeyError(f"the table has no row for our parameter {ours!r}")
 
     def canonical(self, name: str) -> str:
-        """A tensor's name as the rows spell it; a `module.` prefix is ignored."""
+        """Returns a tensor's name as the rows spell it; a `module.` prefix is ignored."""
         name = name.removeprefix("module.")
         for pattern, replacement in self.renamed.items():
             name = re.sub(pattern, replacement, name)
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor (by its canonical name) means nothing to us."""
+        """Says whether a tensor (by its canonical name) is unused here."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
 
     def holders(self, names: Iterable[str]) -> dict[str, Row]:
-        """The row of each of the tensors (by canonical name) that have one."""
+        """Returns the row of each tensor (by canonical name) that has one."""
         rows = {name: row for row in self.rows for name in row.names}
         patterns = ((name, re.sub(r"\.\d+\.", LAYER, name, count=1)) for name in names)
         found = {name: rows.get(name, rows.get(pattern)) for name, pattern in patterns}
@@ -118,24 +117,24 @@ class Table:
 
 
 def linear(torch: str, ours: str, *, bias: bool = True) -> tuple[Row, ...]:
-    """Rows of a linear layer."""
+    """Returns the rows of a linear layer."""
     kernel = Row(f"{torch}.weight", f"{ours}.kernel", LINEAR)
     return (kernel, Row(f"{torch}.bias", f"{ours}.bias")) if bias else (kernel,)
 
 
 def joined_linear(torch: Sequence[str], ours: str) -> tuple[Row, ...]:
-    """Rows of linear layers that PyTorch keeps apart and we keep as one, output after output."""
+    """Returns the rows of linear layers that PyTorch keeps apart and we join, in this order."""
     weights, biases = (tuple(f"{name}.{kind}" for name in torch) for kind in ("weight", "bias"))
     return Row(weights, f"{ours}.kernel", LINEAR), Row(biases, f"{ours}.bias")
 
 
 def layer_norm(torch: str, ours: str) -> tuple[Row, ...]:
-    """Rows of a LayerNorm."""
+    """Returns the rows of a LayerNorm."""
     return Row(f"{torch}.weight", f"{ours}.scale"), Row(f"{torch}.bias", f"{ours}.bias")
 
 
 def attention(torch: str, ours: str) -> tuple[Row, ...]:
-    """Rows of a `torch.nn.MultiheadAttention`."""
+    """Returns the rows of a `torch.nn.MultiheadAttention`."""
     return (
         Row(f"{torch}.in_proj_weight", f"{ours}.in_proj.kernel", LINEAR),
         Row(f"{torch}.in_proj_bias", f"{ours}.in_proj.bias"),
@@ -144,7 +143,7 @@ def attention(torch: str, ours: str) -> tuple[Row, ...]:
 
 
 def clip_block(torch: str, ours: str) -> tuple[Row, ...]:
-    """Rows of what CLIP's blocks have, and every block that started from one."""
+    """Returns the rows of a CLIP block, which blocks that started from one have too."""
     return (
         *attention(f"{torch}.attn", f"{ours}.attn"),
         *layer_norm(f"{torch}.ln_1", f"{ours}.ln_1"),
@@ -159,8 +158,8 @@ def from_torch(
     state: State,
     expected: Mapping[str, Shape],
     source: str = "the checkpoint",
-) -> Parameters:
-    """PyTorch's state as our parameters, in float32.
+) -> dict[str, jax.Array]:
+    """Turns PyTorch's state into our parameters, in float32.
 
     Nothing is read before all names and shapes are known to fit, and then tensor by tensor: of a
     state whose tensors are read on demand, one at a time is in memory.
@@ -208,7 +207,7 @@ def from_torch(
 
 
 def to_torch(table: Table, parameters: State) -> dict[str, np.ndarray]:
-    """Our parameters as PyTorch's state, in float32; the inverse of `from_torch`."""
+    """Turns our parameters into PyTorch's state, in float32; the inverse of `from_torch`."""
     state = {}
     for ours, value in parameters.items():
         row, value = table.row(ours), np.asarray(value, np.float32)
@@ -222,7 +221,7 @@ def to_torch(table: Table, parameters: State) -> dict[str, np.ndarray]:
 
 
 def shapes(table: Table, state: State) -> dict[str, Shape]:
-    """Shapes of the parameters that a state holds, for when nothing else says them.
+    """Returns shapes of the parameters that a state holds, where no config gives them.
 
     A stack is as deep as its deepest tensor says. A row of which a tensor is missing has a shape
     too, for `from_torch` to name what is missing.
@@ -236,7 +235,7 @@ def shapes(table: Table, state: State) -> dict[str, Shape]:
     for name, row in table.holders(state).items():
         if row.stacked:
             stack = _stack(row)
-            layer = int(re.search(r"\.(\d+)\.", name)[1])
+            (layer,) = map(int, re.findall(r"\.(\d+)\.", name)[:1])
             depths[stack] = max(depths.get(stack, 0), layer + 1)
     result = {}
     for row in table.rows:
@@ -260,17 +259,17 @@ def shapes(table: Table, state: State) -> dict[str, Shape]:
 
 
 def torch_names(table: Table, ours: str, shape: Shape) -> list[tuple[str, ...]]:
-    """PyTorch's names of one of our parameters: the tensors joined in each layer, by layer."""
+    """Returns PyTorch's names of a parameter of ours: the tensors joined, layer by layer."""
     return _torch_names(table.row(ours), shape)
 
 
 def dtype(name: str) -> np.dtype:
-    """NumPy's dtype of a name such as "float16"; "bfloat16" too."""
+    """Returns NumPy's dtype of a name such as "float16"; "bfloat16" too."""
     return np.dtype(getattr(jnp, name))
 
 
 def listing(names: Collection[str]) -> str:
-    """The first of some names, for a message."""
+    """Lists the first of some names, for a message."""
     return ", ".join(list(names)[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
@@ -288,13 +287,13 @@ def _torch_names(row: Row, shape: Shape) -> list[tuple[str, ...]]:
 
 
 def _torch_shape(row: Row, shape: Shape) -> Shape:
-    """Shape of PyTorch's tensor (of one layer), by sending an array without contents back."""
+    """Returns the shape of PyTorch's tensor (of one layer), from an array without contents."""
     layer = shape[1:] if row.stacked else shape
     return row.transform.to_torch(np.broadcast_to(np.float32(0), layer)).shape
 
 
 def _piece_shape(row: Row, shape: Shape) -> Shape:
-    """Shape of each of the tensors that are joined in a row."""
+    """Returns the shape of each of the tensors that a row joins."""
     try:
         joined = _torch_shape(row, shape)
     except (ValueError, IndexError):  # a shape that no tensor transforms to

@@ -40,3 +40,13 @@ def register() -> fsspec.AbstractFileSystem:
     ObjectStore.store.clear()
     ObjectStore.pseudo_dirs[:] = [""]
     return fsspec.filesystem("gs")
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    __module__ = "gcsfs.retry"
+
+    def __init__(self, code):
+        super().__init__(f"HTTP {code}")
+        self.code = code

@@ -22,12 +22,12 @@ INDEX = ".index.json"
 
 
 def is_id(source: str) -> bool:
-    """Whether a source that is no path has the form of a hub id, OWNER/NAME."""
+    """Says whether a source that is no path has the form of a hub id, OWNER/NAME."""
     return re.fullmatch(r"[\w][\w.-]*/[\w][\w.@-]*", source) is not None
 
 
 def download(model: str) -> pathlib.Path:
-    """The directory (in the hub's local cache) that holds a model's weights.
+    """Returns the directory, in the hub's local cache, of a model's weights; may download them.
 
     Raises:
         UserError: the hub cannot be reached and the cache does not hold them, or there is no such
@@ -36,16 +36,16 @@ def download(model: str) -> pathlib.Path:
     address = torchscript.official_address(model)
     if address:
         raise UserError(
-            f"{model} is the name of a model of OpenAI's and no path: download {address} and give "
-            "the file"
+            f"{model} names one of OpenAI's models and is no path: download {address} and give the "
+            "path of the file"
         )
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
         raise UserError(
-            f"no path {model}; to take it as a model of the Hugging Face Hub: "
-            "pip install huggingface_hub"
+            f"there is no path {model}; to download it from the Hugging Face Hub: "
+            "pip install -e '.[weights]' in the project's folder"
         ) from error
 
     def fetch(file: str) -> pathlib.Path:
@@ -87,7 +87,7 @@ def _with_shards(index: pathlib.Path, fetch: Callable[[str], pathlib.Path]) -> p
 
 
 def _reachable(url: str) -> bool:
-    """Whether the host has an address: the hub's own client retries for half a minute."""
+    """Says whether the host has an address: the hub's client retries for half a minute."""
     import huggingface_hub.constants
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:

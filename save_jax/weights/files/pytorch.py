@@ -22,14 +22,14 @@ def _torch(path: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is a PyTorch file, and that needs PyTorch: pip install torch (safetensors "
-            "files and checkpoints of save_jax do without)"
+            f"{path} is a PyTorch file, and PyTorch is not installed: pip install -e '.[weights]' "
+            "in the project's folder (safetensors and checkpoints of save_jax do not need it)"
         ) from error
     return torch
 
 
 def read(path: pathlib.Path) -> Tensors:
-    """The tensors of a pickled state dictionary, mapped into memory where the format allows it.
+    """Reads the tensors of a pickled state dictionary, memory-mapped where the format allows.
 
     Raises:
         UserError: PyTorch is absent; the file is damaged, or holds other things than tensors.

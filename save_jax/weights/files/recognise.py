@@ -1,4 +1,4 @@
-"""What a path or a hub id holds: the tensors, and whose names they have.
+"""Recognises weights at a path or hub id: the tensors, and whose names they have.
 
 A file is recognised by its contents: its first bytes say how it is written, the names of its
 tensors which model it holds. Names of files matter only inside directories.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from save_jax import checkpoint, recorded
+from save_jax import checkpoint, files, recorded
 from save_jax.errors import UserError
 from save_jax.weights.files import hub, pytorch, safetensors, torchscript
 from save_jax.weights.files.tensor import Tensor, Tensors
@@ -70,7 +70,7 @@ class Source(NamedTuple):
     names: Mapping[str, str]
 
     def restricted(self, prefix: str) -> "Source":
-        """The tensors of one part of the model, by the prefix of our names.
+        """Returns the tensors of one part of the model, by the prefix of our names.
 
         Raises:
             UserError: there are none.
@@ -126,7 +126,7 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
 
 
 def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
-    """What a source says of the config that it was trained with.
+    """Returns the config that a source says it was trained with.
 
     Args:
         where: a run or a checkpoint of ours, on a disk or in a bucket, or any other source.
@@ -156,7 +156,7 @@ def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
 
 
 def recognise(tensors: State, where: str) -> Format:
-    """The format of which most names are found.
+    """Returns the format of which most names are found.
 
     Raises:
         UserError: they are foreign.
@@ -176,7 +176,7 @@ def recognise(tensors: State, where: str) -> Format:
 
 
 def read_file(path: pathlib.Path, trust_archive: bool) -> Tensors:
-    """The tensors of one file, whichever way its first bytes say that it is written.
+    """Reads the tensors of one file; its first bytes say how it is written.
 
     Raises:
         UserError: it is damaged, or written in another way than those known here.
@@ -239,7 +239,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return True
 
 
-def _read_checkpoint(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+def _read_checkpoint(path: files.Path) -> tuple[Tensors, dict[str, str]]:
     shapes = checkpoint.parameter_shapes(path)
 
     @functools.cache  # one visit for all, at the first that is asked for

@@ -46,7 +46,7 @@ _STORAGES = {
 
 
 def official_address(variant: str) -> str | None:
-    """Where OpenAI publishes a variant ("ViT-B/32"), or None."""
+    """Returns the URL at which OpenAI publishes a variant ("ViT-B/32"), or None."""
     name = variant.replace("/", "-").replace("@", "-")
     for sha256, official in OFFICIAL.items():
         if official == variant:
@@ -55,7 +55,7 @@ def official_address(variant: str) -> str | None:
 
 
 def check(path: pathlib.Path, *, trust: bool) -> None:
-    """Lets pass an archive that is one of OpenAI's, byte for byte, or that the user insists on.
+    """Accepts an archive that is one of OpenAI's, byte for byte, or that the user trusts.
 
     Raises:
         UserError: it is another one.
@@ -145,7 +145,7 @@ def _walk(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: pathlib.Path) -> Tensors:
-    """The parameters and buffers of an archive, by their names in the module.
+    """Reads the parameters and buffers of an archive, by their names in the module.
 
     Raises:
         UserError: the archive is damaged, or its description holds other things.

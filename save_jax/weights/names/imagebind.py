@@ -36,7 +36,7 @@ _TWO_FRAMES = Transform(
 
 
 def _tower(name: str, *, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows of what both towers have, and those of one."""
+    """Returns the rows of what both towers have, and those of one."""
     stem, block = f"modality_preprocessors.{name}", f"modality_trunks.{name}.blocks.*"
     ours = "trunk.blocks.layer"
     shared = (
@@ -97,13 +97,13 @@ def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
     _, expected = imagebind.abstract(config)
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     tensors = recognise.read_file(path, trust_archive=False)
-    return table.from_torch(TABLE, tensors, shapes, source=str(path))
+    return {**table.from_torch(TABLE, tensors, shapes, source=str(path))}
 
 
 def loader(
     path: str, config: ImageBindConfig = imagebind.VARIANTS["huge"]
 ) -> Callable[[], Parameters]:
-    """Returns what reads a checkpoint when it is called, for `models.imagebind.make_embed`.
+    """Returns a function that reads a checkpoint when called, for `models.imagebind.make_embed`.
 
     Args:
         path: `imagebind_huge.pth`, or the same tensors as safetensors. It is not read here; errors

@@ -18,7 +18,7 @@ from data_pipelines.modalities import record as records
 from data_pipelines.prepare import main
 from data_pipelines.recipe import version_directory
 from data_pipelines.storage import build, shards, tfds_format
-from save_jax import files
+from save_jax import locks
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import preparing
@@ -218,7 +218,7 @@ def test_no_worker_outlives_the_end(miniature, tmp_path, send, number, code):
 
 def test_two_at_once(miniature, tmp_path, whole):
     directory = version_directory(str(tmp_path), "msrvtt", "9k", 1)
-    with files.hold(directory, beside=prepared.lock_path(directory)):
+    with locks.hold(directory, beside=prepared.lock_path(directory)):
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .*same command again"):
             preparing.run(str(miniature), str(tmp_path))
         # A process that is ready to wait for another: for one that ends without having done it.
@@ -239,14 +239,14 @@ def test_two_at_once(miniature, tmp_path, whole):
 
 def test_one_that_waited_uses_what_the_other_has_prepared(miniature, tmp_path, monkeypatch, capsys):
     """The lock is held for as long as the other prepares; then there is nothing to do."""
-    hold = files.hold
+    hold = locks.hold
 
     def slow(directory, **options):
-        monkeypatch.setattr(files, "hold", hold)
+        monkeypatch.setattr(locks, "hold", hold)
         preparing.run(str(miniature), str(tmp_path))  # the other process
         return hold(directory, **options)
 
-    monkeypatch.setattr(files, "hold", slow)
+    monkeypatch.setattr(locks, "hold", slow)
     preparing.run(str(miniature), str(tmp_path), wait=True)
     assert capsys.readouterr().out.count("Already prepared") == 1
 

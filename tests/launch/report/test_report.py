@@ -12,7 +12,7 @@ import pytest
 
 from launch.report import __main__ as report
 from launch.report import runs
-from save_jax import files
+from save_jax import locks
 from tests.support import object_store, stand_in
 
 
@@ -97,9 +97,9 @@ def half_done(tmp_path):
 
 
 HOLD = """
-from save_jax import files
+from save_jax import files, locks
 
-with files.hold(files.path({!r})):
+with locks.hold(files.path({!r})):
     print(flush=True)
     input()
 """
@@ -119,14 +119,14 @@ def test_a_run_is_running_while_its_process_lives(half_done, capsys):
     finally:
         process.kill()
         process.communicate()
-    assert (half_done / files.LOCK).exists()
+    assert (half_done / locks.LOCK).exists()
     assert state(half_done, capsys) == ("failed", "")
     (half_done / runs.EXIT_FILE).unlink()
     assert state(half_done, capsys) == ("stopped", "")
 
 
 def test_what_is_assumed_of_a_run_on_another_machine_is_said(half_done, capsys):
-    (half_done / files.LOCK).write_text("process 7 on elsewhere, since 2020-01-01 00:00:00")
+    (half_done / locks.LOCK).write_text("process 7 on elsewhere, since 2020-01-01 00:00:00")
     found, said = state(half_done, capsys)
     assert found == "running"
     assert said.startswith(
@@ -134,7 +134,7 @@ def test_what_is_assumed_of_a_run_on_another_machine_is_said(half_done, capsys):
         "cannot be checked from here, and the run's files last changed "
     )
     long_ago = time.time() - runs.QUIET_AFTER - 60
-    for name in ("metrics.jsonl", "config.json", files.LOCK):
+    for name in ("metrics.jsonl", "config.json", locks.LOCK):
         os.utime(half_done / name, (long_ago, long_ago))
     found, said = state(half_done, capsys)
     assert found == "stopped" and "is assumed to be stopped" in said
@@ -146,7 +146,7 @@ def test_runs_in_a_bucket(half_done, capsys):
     store.put(str(half_done), "gs://bucket/runs/run", recursive=True)
     assert state("gs://bucket/runs", capsys) == ("stopped", "")
     lease = {"id": "x", "holder": "process 7 on pod-0, since 2020", "beat": 3}
-    store.pipe(f"gs://bucket/runs/run/{files.LOCK}", json.dumps(lease).encode())
+    store.pipe(f"gs://bucket/runs/run/{locks.LOCK}", json.dumps(lease).encode())
     assert state("gs://bucket/runs", capsys) == (
         "running",
         "note: run is assumed to be running: process 7 on pod-0, since 2020, cannot be checked "

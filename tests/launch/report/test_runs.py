@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from launch.report import runs
-from save_jax import files
+from save_jax import locks
 from save_jax.errors import UserError
 from tests.support import object_store, stand_in
 
@@ -32,7 +32,7 @@ def test_a_complete_run(run):
 def test_an_evaluation_without_its_checkpoint_is_not_complete(run):
     shutil.rmtree(run / "checkpoints/5")
     assert state(run) == "stopped"
-    with files.hold(run):
+    with locks.hold(run):
         assert state(run) == "running"
     shutil.rmtree(run / "checkpoints")  # all removed to save space
     assert state(run) == "complete"

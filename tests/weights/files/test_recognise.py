@@ -605,7 +605,7 @@ def test_safetensors_and_our_checkpoints_need_no_torch(tmp_path):
     assert result.returncode == 0, result.stderr
     *counts, message = result.stdout.splitlines()
     assert counts == ["131", "131", "38"]
-    assert "pip install torch" in message
+    assert "pip install -e '.[weights]'" in message
 
 
 def test_our_safetensors_are_everyones(tmp_path):

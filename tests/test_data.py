@@ -1,0 +1,48 @@
+"""What the training split says of the labels of soft-ALBEF that it lacks."""
+
+import pytest
+
+from data_pipelines.prepare import prepare
+from data_pipelines.recipe import Recipe
+from save_jax.data import Splits
+from tests.support import caching, miniatures
+
+
+@pytest.mark.parametrize(
+    ("lacking", "warned", "told"),
+    [
+        (0, "", "soft-ALBEF aligns 4 of 5 clips, and leaves out 1 without an audio track\n"),
+        (
+            1,
+            "",
+            "soft-ALBEF aligns 3 of 5 clips, and leaves out 1 without an audio track and 1 with "
+            "sound but without the teacher's vectors\n",
+        ),
+        (
+            4,
+            "warning: soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
+            "5 clips in the split 'train' there are 1 without an audio track and 4 with sound but "
+            "without the teacher's vectors. ",
+            "",
+        ),
+    ],
+)
+def test_training_says_for_how_many_clips_there_are_labels(tmp_path, capsys, lacking, warned, told):
+    root, out = tmp_path / "miniature", tmp_path / "prepared"
+    miniatures.msrvtt(root, n_train=5, n_test=3)  # the fourth clip is silent
+    for video in ("video0", "video1", "video2", "video4")[:lacking]:
+        (root / f"FeatureData/ImageBind/VideoFeature/{video}.pt").unlink()
+    recipe = Recipe(image_size=32, fbank_frames=64, max_frames=4)
+    prepare("msrvtt", root=str(root), out=str(out), recipe=recipe, workers=1)
+    capsys.readouterr()
+
+    Splits(caching.config(out)).training()
+    said = capsys.readouterr()
+    assert told in said.out and ("soft-ALBEF" in said.out) == bool(told)
+    assert said.err.startswith(warned) and ("soft-ALBEF" in said.err) == bool(warned)
+    if warned:
+        assert "--imagebind=imagebind_huge.pth" in said.err
+        assert "--config.loss.soft_albef_weight=0" in said.err
+
+    Splits(caching.config(out, loss__soft_albef_weight=0.0)).training()
+    assert "soft-ALBEF" not in "".join(capsys.readouterr())
