@@ -136,7 +136,7 @@ def make_clip(path: pathlib.Path, seed: int, seconds: int, shot_seconds: int) ->
         container.mux(sound.encode(frame))
         for stream in (video, sound):
             container.mux(stream.encode(None))
-    _write_wav(path.with_suffix(".wav"), audio.read_waveform(path))
+    _write_wav(path.with_suffix(".wav"), _waveform(path))
     return path
 
 
@@ -160,7 +160,7 @@ def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
         frames.append(video_files.fit(image, recipe.image_size))
     capture.release()
     kept = [frames[i] for i in video_files.keep_evenly(len(frames), recipe.max_frames)]
-    waveform = audio.read_waveform(pathlib.Path(video).with_suffix(".wav"))
+    waveform = _waveform(pathlib.Path(video).with_suffix(".wav"))
     return np.stack(kept), audio.fbank(waveform, recipe)
 
 
@@ -168,7 +168,7 @@ def to_arrays(video: str) -> tuple[np.ndarray, np.ndarray]:
     """The same of a clip as preparation makes them, the sound from the video itself."""
     recipe = Recipe()
     frames = video_files.decode_frames(video, recipe)
-    return frames, audio.fbank(audio.read_waveform(video), recipe)
+    return frames, audio.fbank(_waveform(video), recipe)
 
 
 def to_record(video: str) -> record.Record:
@@ -349,6 +349,12 @@ def _sound(rng: np.random.Generator, seconds: int) -> np.ndarray:
     tones = 0.2 * np.sin(2 * np.pi * 220 * time) + 0.1 * np.sin(2 * np.pi * 1500 * time)
     noise = 0.05 * rng.standard_normal((2, len(time)))
     return np.ascontiguousarray(tones + noise, np.float32)
+
+
+def _waveform(path: str | os.PathLike) -> np.ndarray:
+    waveform = audio.read_waveform(path)
+    assert waveform is not None  # every file made here has sound
+    return waveform
 
 
 def _write_wav(path: pathlib.Path, waveform: np.ndarray) -> None:

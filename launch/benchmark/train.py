@@ -228,6 +228,7 @@ def _start_torch(
 def _load(file: pathlib.Path) -> types.ModuleType:
     """A Python file as a module, though it is part of no package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)

@@ -69,8 +69,8 @@ def _run(config: dict[str, Any], targets: list[program.Target], options: argpars
             print(table.as_json(config, target, measured))
         sys.stdout.flush()
         unfit += [
-            f"the {name} needs {table.number(m.needed / GIB)} GiB of a {target.name} chip's "
-            f"{target.chip.memory / GIB:g}"
+            f"the {name} needs {table.number(m.needed / GIB)} GiB"
+            + (f" of a {target.name} chip's {target.chip.memory / GIB:g}" if target.chip else "")
             for name, m in measured.items()
             if not m.fits
         ]

@@ -79,9 +79,7 @@ class Program:
         for name, instructions in self._computations.items():
             self._types[name] = {i.name: i.type for i in instructions}
             self._parameters[name] = {
-                int(re.match(r"\d+", i.attributes)[0]): i.name
-                for i in instructions
-                if i.opcode == "parameter"
+                _number(i.attributes): i.name for i in instructions if i.opcode == "parameter"
             }
         # How often each computation runs by control flow, and as the inside of a fusion.
         self._runs: dict[str, int] = collections.Counter()
@@ -151,7 +149,7 @@ class Program:
             called = [c for c in _called(instruction.attributes) if c in self._computations]
             if instruction.opcode == "while":
                 times = self._trip_count(instruction)
-                body = re.search(r"body=%?([^\s,]+)", instruction.attributes)[1]
+                body = _named(instruction.attributes, "body")
                 self._visit(body, runs * times)
             elif instruction.opcode in ("call", "conditional"):
                 for computation in called:
@@ -172,13 +170,13 @@ class Program:
         known = re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = re.search(r"condition=%?([^\s,]+)", loop.attributes)[1]
+        condition = _named(loop.attributes, "condition")
         bounds = set()
         pending = [condition]
         while pending:
             for instruction in self._computations.get(pending.pop(), ()):
                 if instruction.opcode == "constant" and re.match(r"[su]32\[\]", instruction.type):
-                    bounds.add(int(re.match(r"-?\d+", instruction.attributes)[0]))
+                    bounds.add(_number(instruction.attributes))
                 pending += _called(instruction.attributes)
         if len(bounds) == 1 and min(bounds) > 0:
             return min(bounds)
@@ -336,6 +334,20 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return bracket.start()
     return len(text)
+
+
+def _number(attributes: str) -> int:
+    """Returns the whole number with which attributes begin."""
+    found = re.match(r"-?\d+", attributes)
+    assert found is not None, attributes
+    return int(found[0])
+
+
+def _named(attributes: str, key: str) -> str:
+    """Returns the computation that a loop's attributes give as its body or condition."""
+    found = re.search(rf"{key}=%?([^\s,]+)", attributes)
+    assert found is not None, attributes
+    return found[1]
 
 
 def _called(attributes: str) -> list[str]:

@@ -277,17 +277,20 @@ def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float)
 
 
 def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
-    """A compiled program's text."""
+    """Returns a compiled program's text."""
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
+        text = None
+    if text is None:
         # libtpu 0.0.52 cannot read back some of its programs for v6e. What it writes while it
         # compiles says the same.
         with tempfile.TemporaryDirectory(prefix="save_jax-compile-") as folder:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             lowered.compile(compiler_options=options)
             (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-            return path.read_text()
+            text = path.read_text()
+    return text
 
 
 def _out_of_memory(message: str) -> float:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
+from jax.extend import core
 
 GIB = 2**30
 
@@ -118,5 +118,5 @@ def _flops(eqn: Any) -> float:
 def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs among an equation's parameters, as jit, checkpoint, custom_vjp … have them."""
     for value in params.values():
-        if isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)):
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
             yield value

@@ -161,6 +161,7 @@ def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
         from submitit.slurm import slurm as submitit_slurm
     except ImportError as error:
         raise UserError("--backend=slurm needs submitit: pip install 'save_jax[slurm]'") from error
@@ -203,7 +204,7 @@ def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
     executor.update_parameters(**resources)
     try:
         submitted = executor.submit_array(jobs)
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         raise UserError(f"SLURM refused the array job: {error}") from error
     submissions = {name: job.job_id for job, name in zip(submitted, names, strict=True)}
     runs.write_json(folder / JOBS_FILE, {**queued, **submissions})

@@ -37,6 +37,7 @@ def test_both_ways_give_the_same_of_a_clip(tmp_path):
     assert np.abs(frames.astype(int) - its_frames).mean() < 1
     assert np.abs(fbank - its_fbank).mean() < 0.01  # the .wav has 16 bits
     features = benchmark_input.to_record(video).features
+    assert features is not None
     assert features["num_frames"] == 3
     np.testing.assert_array_equal(features["fbank"], fbank.astype(np.float16))
 

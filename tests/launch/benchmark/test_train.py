@@ -26,11 +26,11 @@ def test_both_steps_are_measured_in_one_run(capsys):
 
 def test_products_are_as_exact_as_a_runs(capsys):
     """Else a GPU would be timed in TF32, and a TPU in bfloat16, where a run takes float32."""
-    before = jax.config.jax_default_matmul_precision
+    before = jax.config.values["jax_default_matmul_precision"]
     try:
         jax.config.update("jax_default_matmul_precision", None)
         assert benchmark.main([*SMALL, "--no_torch"]) == 0
-        assert jax.config.jax_default_matmul_precision == "highest"
+        assert jax.config.values["jax_default_matmul_precision"] == "highest"
     finally:
         jax.config.update("jax_default_matmul_precision", before)
 

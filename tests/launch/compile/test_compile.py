@@ -95,7 +95,7 @@ def run(config: dict, workdir, monkeypatch) -> dict[str, str]:
         raise Captured
 
     monkeypatch.setattr(train, "train", training)
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.values["jax_default_matmul_precision"]
     try:
         with pytest.raises(Captured):
             main.run(config, workdir)
@@ -172,7 +172,7 @@ def test_a_tpu_slice(config_file, capsys):
 @needs_libtpu
 def test_what_does_not_fit_is_told_with_what_it_would_need():
     target = compile_.find_target("v5e:1x1")
-    assert target.devices[0].device_kind == target.chip.kind
+    assert target.chip and target.devices[0].device_kind == target.chip.kind
     one = jax.sharding.SingleDeviceSharding(target.devices[0])
     x = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16, sharding=one)  # 8 GiB each
     traced = jax.jit(lambda x, y: jnp.sin(x @ y) @ x).trace(x, x)
@@ -285,7 +285,9 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
 
 
 def program(f, *arguments) -> hlo.Program:
-    return hlo.Program(jax.jit(f).lower(*arguments).compile().as_text())
+    text = jax.jit(f).lower(*arguments).compile().as_text()
+    assert text is not None
+    return hlo.Program(text)
 
 
 def test_a_collective_counts_as_often_as_its_loop_runs():

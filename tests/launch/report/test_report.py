@@ -113,7 +113,7 @@ def test_a_run_is_running_while_its_process_lives(half_done, capsys):
         stdout=subprocess.PIPE,
     )
     try:
-        process.stdout.readline()
+        assert process.stdout and process.stdout.readline()
         (half_done / runs.EXIT_FILE).write_text('{"code": 1}')  # of the start before this one
         assert state(half_done, capsys) == ("running", "")
     finally:

@@ -59,6 +59,7 @@ def test_the_schedule_in_epochs(run):
 def test_states_of_a_run_that_is_not_complete(run, tmp_path):
     shutil.rmtree(run / "evaluation")
     lock = runs.lock(run)
+    assert lock is not None
     assert state(run) == "running"
     os.close(lock)
     assert state(run) == "stopped"

@@ -114,6 +114,7 @@ def test_a_task_that_is_warned_stops_with_a_checkpoint_and_goes_on_from_it(tmp_p
     def warn():
         while not (tmp_path / "checkpoints/2").exists():
             time.sleep(0.02)
+        assert point._process is not None
         os.kill(point._process.pid, signal.SIGUSR2)  # SLURM warns the point too: no effect
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -180,7 +181,7 @@ def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(conftest.ROOT)
     sweeps = batches = 0
-    for words in map(shlex.split, done.stdout.splitlines()):
+    for words in [shlex.split(line) for line in done.stdout.splitlines()]:
         if "launch.sweep" in words:
             config = next(word for word in words if word.startswith("--config="))
             arguments = words[words.index("launch.sweep") + 1 :]
