@@ -4,8 +4,6 @@ python -m launch.compare WORKDIR [WORKDIR ...]
 
 Each row is a run, in the order given. The columns are text→video SumR, then R@1 over all queries
 and over each query group, from the run's last evaluation.
-
-Exit codes: 0 done, 2 a mistake of yours, 75 interrupted or an outage (run the same command again).
 """
 
 import argparse
@@ -13,7 +11,7 @@ import sys
 
 from launch.report.runs import incomparable, last_evaluation
 from save_jax import files
-from save_jax.errors import exit_codes
+from save_jax.errors import EXIT_CODES, exit_codes
 
 
 def table(results: dict[str, dict]) -> str:
@@ -50,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.compare",
         description=__doc__,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -9,8 +9,6 @@ a query group to the metric's name to order by another one: v2t/SumR, speech/R1.
 States: "complete"; "running"; "stopped" (the same command resumes it); "failed"; "waiting" (a point
 of a sweep that was not started yet). Where a run's process cannot be checked, because it is on
 another machine or the run is in a bucket, a note on stderr says what is assumed and why.
-
-Exit codes: 0 done, 2 a mistake of yours, 75 interrupted or an outage (run the same command again).
 """
 
 import argparse
@@ -23,7 +21,7 @@ from typing import Any
 
 from launch.report import runs
 from save_jax import files
-from save_jax.errors import UserError, exit_codes
+from save_jax.errors import EXIT_CODES, UserError, exit_codes
 from save_jax.recorded import flatten
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
@@ -233,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.report",
         description=__doc__,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="DIR", help="a run, a sweep, or a directory of them")

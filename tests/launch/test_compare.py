@@ -60,4 +60,4 @@ def test_help_names_the_command_as_it_is_typed(capsys):
     with pytest.raises(SystemExit):
         compare.main(["--help"])
     said = capsys.readouterr().out
-    assert said.startswith("usage: python -m launch.compare ") and "Exit codes: " in said
+    assert said.startswith("usage: python -m launch.compare ") and "exit codes: 0 done; 2 " in said

@@ -25,7 +25,7 @@ def test_the_command_at_tiny_size(monkeypatch, capsys):
     assert results["reading"]["jpeg"]["memory_peak"] > 100
     assert results["scaling"]["workers"] == 1
     table = "\n".join(lines)
-    for words in ("from JPEG", "from raw frames", "one shot", "shots of 5 s", "Memory of reading"):
+    for words in ("from JPEG", "from raw frames", "one shot", "shots of 5 s", "Memory while"):
         assert words in table
 
 

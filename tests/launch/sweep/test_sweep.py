@@ -94,8 +94,8 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(
     assert run(config, workdir, "--jobs=2", "--config.steps=20") == 75
     thread.join()
     out = capsys.readouterr().out
-    assert "2 running, asked for a checkpoint" in out
-    assert "0 of 6 points complete" in out and "6 not finished: the same command goes on" in out
+    assert "2 running points asked to write a checkpoint and stop" in out
+    assert "0 of 6 points complete" in out and "6 not finished: run the same command again" in out
     assert len(logs(workdir)) == 2  # though seed 0 was done sooner, no other was started
     assert [runs.read(workdir / name).state for name in logs(workdir)] == ["stopped"] * 2
 
@@ -113,7 +113,9 @@ def test_a_point_that_somebody_else_runs_is_left_alone(tmp_path, write_config, c
     lock = runs.lock(workdir / "seed-1")
     assert lock is not None
     assert run(config, workdir) == 75
-    assert "seed-1: runs already" in capsys.readouterr().out and not logs(workdir)
+    out = capsys.readouterr().out
+    assert "seed-1: left alone, because another process is running it" in out and not logs(workdir)
+    assert "1 point in" in out and "0 of 1 point complete" in out
     os.close(lock)
     assert run(config, workdir) == 0
 
