@@ -1,12 +1,12 @@
 #!/bin/bash
-# Tries sweeps and the batch file on a real SLURM of one node, on the CPU, with the demo.
+# Tests sweeps and the batch file on a real SLURM of one node, on the CPU, with the demo.
 #
 #   tests/launch/test_slurm.sh [--dry_run] [PREPARED_DEMO]
 #
-# Takes the SLURM that is running; as root on Debian or Ubuntu without one, installs slurm-wlm and
-# starts it with a configuration of its own, which is stopped and removed at the end. Checked are a
-# sweep of two points; that it is not run again; that a point warned of its end goes back into the
-# queue and finishes; and the same of slurm.sbatch. Takes about half an hour on two cores.
+# Uses the SLURM that is running. As root on Debian or Ubuntu without one, installs slurm-wlm and
+# starts it with its own configuration; it is stopped and removed at the end. Checks a sweep of two
+# points; that it is not run again; that a point that is warned of its time limit is requeued and
+# finishes; and the same for slurm.sbatch. Takes about half an hour on two cores.
 # PYTHON chooses the interpreter. The demo is made in PREPARED_DEMO (default: demo_data) if absent.
 
 set -euo pipefail
@@ -168,7 +168,7 @@ if ! $dry_run; then
   grep -q "2 complete; 0 to run" "$work/again.txt" || fail "it would run again"
 fi
 
-say "a point that is warned of its end goes back into the queue, and on from its checkpoint"
+say "a point that is warned of its time limit is requeued, and resumes from its checkpoint"
 do_it "${sweep[@]}" --workdir="$work/requeue" --config.steps=30 --at_once=1 "${small[@]}"
 if ! $dry_run; then
   wait_for 1200 "training of the first point" began "$work/requeue/optimizer.new-0.0003"

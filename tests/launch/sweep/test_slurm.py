@@ -161,6 +161,8 @@ def test_the_batch_file_dry_run():
     one = bash(BATCH_FILE, "--dry_run", "--config=x", SLURM_NTASKS="1").stdout.splitlines()[-1]
     assert "--distributed" not in one
     assert bash(BATCH_FILE).returncode == 2
+    said = bash(BATCH_FILE, "--help")
+    assert said.returncode == 0 and "Exit codes are those of save_jax.main" in said.stdout
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, ""), (1, ""), (2, ""), (75, "requeue 42\n")])
