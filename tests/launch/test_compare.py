@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from launch import compare
 from tests.support import object_store
 
@@ -54,10 +52,3 @@ def test_runs_in_a_bucket(tmp_path, capsys):
     object_store.register().put(str(tmp_path), "gs://bucket/runs", recursive=True)
     assert compare.main(["gs://bucket/runs/a"]) == 0
     assert capsys.readouterr().out.splitlines()[3].split() == ["a", "30.0", "1.5"]
-
-
-def test_help_names_the_command_as_it_is_typed(capsys):
-    with pytest.raises(SystemExit):
-        compare.main(["--help"])
-    said = capsys.readouterr().out
-    assert said.startswith("usage: python -m launch.compare ") and "exit codes: 0 done; 2 " in said
