@@ -18,7 +18,7 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from etils import epath
 
@@ -82,7 +82,7 @@ def pass_on(error: Exception, where: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def reaching(path: str | os.PathLike) -> Iterator[None]:
+def reaching(path: str | os.PathLike) -> Generator[None]:
     """Sorts what may go wrong in reaching a file or a folder, here or in a store.
 
     Only reading, listing and asking belong in here, not what is then made of the bytes.
@@ -108,7 +108,7 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary() -> Iterator[None]:
+def temporary() -> Generator[None]:
     """Takes whatever the system refuses in here for an outage of the temporary directory.
 
     Its absence is one, too: FileNotFoundError may mean that no such directory can be written to.

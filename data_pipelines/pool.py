@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ def in_order(
     workers: int,
     crashed: Callable[[Item], Result],
     name: Callable[[Item], str],
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yields the result of each item, in the order of `items`.
 
     An item that meets with an outage is tried again twice within two seconds.
@@ -106,14 +106,15 @@ def _alone(
             return pool.submit(work, item).result()
         except BrokenProcessPool:
             pass
+    exit_code = None if process is None else process.exitcode
     # 1 is Python's own, for what goes wrong outside the work: a module that cannot be read.
-    if process is None or process.exitcode == 1:
+    if exit_code is None or exit_code == 1:
         raise outages.in_words(name(item), "a process to read it in cannot be had")
-    if process.exitcode < 0 and -process.exitcode not in _CRASHES:
+    if exit_code < 0 and -exit_code not in _CRASHES:
         raise outages.in_words(
             name(item),
             "the process that read it was ended from outside, as happens when memory is short "
-            f"({signal.strsignal(-process.exitcode)})",
+            f"({signal.strsignal(-exit_code)})",
         )
     return crashed(item)
 
@@ -147,8 +148,11 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
 def _end_with_parent() -> None:
     """Ends this process when its parent has ended, however it did; else it would wait for ever."""
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only processes of the pool call this
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,7 +16,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from etils import epath
@@ -150,7 +150,7 @@ def _verify(options: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Generator[None]:
     """Makes SIGTERM end the work as Ctrl-C does, and nothing end the ending."""
 
     def interrupt(*_: Any) -> None:

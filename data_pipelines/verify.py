@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -146,10 +146,11 @@ def _check_records(
 
 def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Recipe) -> str | None:
     try:
-        record = tfds_format.features(recipe).deserialize_example_np(records[position])
+        example = tfds_format.features(recipe).deserialize_example_np(records[position])
     except Exception as error:  # a damaged file may bring up anything
         outages.pass_on(_told(error), "the records")
         return f"it cannot be read: {_first_line(error)}"
+    record = cast("dict[str, Any]", example)
     video_id = record["video_id"].decode()
     if video_id != entry.get("video_id"):
         return f"the index has {entry.get('video_id')!r} there, the file {video_id!r}"

@@ -1,6 +1,7 @@
 """MSR-VTT, in the layout the reference's users already have (spec section 10)."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 from data_pipelines.datasets import annotations, layout
 from data_pipelines.datasets.types import Annotations, Problem
@@ -49,7 +50,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
     for sentence in data["sentences"]:
         captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
 
-    splits: dict[str, dict[str, list[str]]] = {}
+    splits: dict[str, Mapping[str, Sequence[str]]] = {}
     if splits_by_csv:
         train_path = os.path.join(root, _TRAIN[variant])
         rows = annotations.read_csv(train_path, ("video_id",), problems)

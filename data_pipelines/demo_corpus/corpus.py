@@ -276,7 +276,7 @@ def _encode(file: io.BytesIO, frames: np.ndarray, wave: np.ndarray | None) -> No
         for pixels in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None:
+        if audio is not None and wave is not None:
             size = 1024  # samples in a frame of AAC
             for start in range(0, len(wave), size):
                 samples = np.ascontiguousarray(wave[None, start : start + size], np.float32)

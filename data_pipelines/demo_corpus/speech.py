@@ -36,7 +36,6 @@ _RATE, _PITCH = 1, 3
 _SYNTH_CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
-_unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary
 
 
 def speak(
@@ -88,7 +87,7 @@ def speak(
         or library.espeak_Synchronize()
     )
     library.espeak_Terminate()
-    _unload(library._handle)
+    _ctypes.dlclose(library._handle)
     if failed or not pieces:
         raise UserError(f"espeak-ng could not say {text!r} with the voice {voice!r}")
 

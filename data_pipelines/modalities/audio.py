@@ -8,6 +8,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import av
 import numpy as np
@@ -67,7 +68,7 @@ def read_waveform(
     return np.concatenate(chunks)
 
 
-def long_enough(waveform: np.ndarray | None) -> bool:
+def long_enough(waveform: np.ndarray | None) -> TypeGuard[np.ndarray]:
     """Whether there is at least one window of sound; less counts as no track."""
     return waveform is not None and len(waveform) >= WINDOW
 
@@ -140,18 +141,18 @@ def _first_channel(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
     """
 
     def whole() -> av.AudioFrame:
-        name, rate = pending_format
         frame = av.AudioFrame.from_ndarray(np.concatenate(pending)[None], name, "mono")
         frame.sample_rate = rate
         return frame
 
-    pending, pending_format, samples = [], None, 0
+    pending: list[np.ndarray] = []
+    name, rate, samples = "", 0, 0
     for frame in frames:
         frame_format = (frame.format.planar.name, frame.sample_rate)
-        if pending and (frame_format != pending_format or samples >= frame.sample_rate):
+        if pending and (frame_format != (name, rate) or samples >= frame.sample_rate):
             yield whole()
             pending, samples = [], 0
-        pending_format = frame_format
+        name, rate = frame_format
         data = frame.to_ndarray()
         planar = frame.format.is_planar
         pending.append(data[0] if planar else data[0, :: frame.layout.nb_channels])

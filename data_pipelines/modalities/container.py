@@ -4,11 +4,10 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Generator, Iterator
+from typing import IO, Any, overload
 
 import av
-import av.stream
 from etils import epath
 
 from data_pipelines import outages
@@ -37,7 +36,7 @@ class MediaError(Exception):
 
 
 @contextlib.contextmanager
-def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
+def open_media(path: str | os.PathLike) -> Generator[av.container.InputContainer]:
     """Opens a media file, here or remote.
 
     Raises:
@@ -55,7 +54,7 @@ def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]
         if source.size == 0:
             raise MediaError("the file is empty (0 bytes)")
         try:
-            container = opened.enter_context(av.open(source, options=dict(_OPTIONS)))
+            container = opened.enter_context(av.open(source, "r", options=dict(_OPTIONS)))
         except (av.error.FFmpegError, ValueError) as error:
             source.check()
             outages.pass_on(error, path)
@@ -92,7 +91,7 @@ class _Source:
         self._failure: Exception | None = None
         with outages.reaching(path):
             if is_remote(path):
-                self._file: BinaryIO = epath.Path(path).open("rb")
+                self._file: IO[bytes] = epath.Path(path).open("rb")
                 self.size = self._file.seek(0, os.SEEK_END)
                 self._file.seek(0)
             else:
@@ -132,11 +131,23 @@ class _Source:
             raise outages.outage(self._path, self._failure) from self._failure
 
 
+@overload
+def decodable(
+    container: av.container.InputContainer, stream: av.VideoStream, damage: Damage = ...
+) -> Iterator[av.VideoFrame]: ...
+
+
+@overload
+def decodable(
+    container: av.container.InputContainer, stream: av.AudioStream, damage: Damage = ...
+) -> Iterator[av.AudioFrame]: ...
+
+
 def decodable(
     container: av.container.InputContainer,
-    stream: av.stream.Stream,
+    stream: av.VideoStream | av.AudioStream,
     damage: Damage = lambda reason: None,
-) -> Iterator:
+) -> Iterator[av.VideoFrame | av.AudioFrame]:
     """Yields the frames of a stream that decode, in order, stepping over what does not.
 
     Args:
@@ -165,7 +176,7 @@ def decodable(
             if frame.pts is not None:
                 end = max(end, frame.pts + frame.duration)
             yield frame
-    seconds = float(end * stream.time_base)
+    seconds = _seconds(end, stream)
     if broken:
         damage(f"its {stream.type} track breaks off after {seconds:.1f} s ({broken})")
     elif seconds + _CUT_SECONDS < (declared := _declared_end(container, stream)):
@@ -174,13 +185,15 @@ def decodable(
         damage(f"{failed} packets of its {stream.type} track are damaged")
 
 
-def _declared_end(container: av.container.InputContainer, stream: av.stream.Stream) -> float:
+def _declared_end(
+    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream
+) -> float:
     """When a stream ends, in seconds, as the file says; 0 when it does not say."""
     if container.format.name == "avi":  # whose duration FFmpeg works out from what there is
-        rate = stream.average_rate if stream.type == "video" else None
+        rate = stream.average_rate if isinstance(stream, av.VideoStream) else None
         return float(stream.frames / rate) if rate else 0.0
     if stream.duration is not None:
-        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+        return _seconds(stream.duration + (stream.start_time or 0), stream)
     # Matroska says it in a tag, hours:minutes:seconds.
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     try:
@@ -188,6 +201,12 @@ def _declared_end(container: av.container.InputContainer, stream: av.stream.Stre
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     except ValueError:
         return 0.0
+
+
+def _seconds(ticks: int, stream: av.VideoStream | av.AudioStream) -> float:
+    """Converts a time in a stream's own units to seconds."""
+    assert stream.time_base is not None  # FFmpeg's demuxers set it
+    return float(ticks * stream.time_base)
 
 
 def reason_of(error: Exception) -> str:

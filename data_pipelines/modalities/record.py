@@ -6,7 +6,7 @@ Nothing here imports TensorFlow: this is what the worker processes import.
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Record:
     problems: tuple[str, ...]
 
 
-def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Iterator[Record]:
+def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Generator[Record]:
     """Gives a record a clip, in the order of `clips`.
 
     Args:
@@ -72,15 +72,14 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
         _log.exception("clip %s: %s", clip.video_id, clip.video)
         return Record(clip, None, (f"left out: {clip.video}: unexpected {error!r}",))
     waveform, audio_problems = read_waveform(clip)
-    has_audio = audio.long_enough(waveform)
-    fbank = audio.fbank(waveform, recipe) if has_audio else audio.silent(recipe)
+    fbank = audio.fbank(waveform, recipe) if audio.long_enough(waveform) else None
     teacher, vector_problems = _read_vectors(clip, recipe)
     features = {
         "video_id": clip.video_id,
         "frames": [video.encode_frame(frame, recipe.encoding) for frame in frames],
         "num_frames": len(frames),
-        "fbank": fbank.astype(np.float16),
-        "has_audio": has_audio,
+        "fbank": (audio.silent(recipe) if fbank is None else fbank).astype(np.float16),
+        "has_audio": fbank is not None,
         "transcript": clip.transcript,
         "captions": list(clip.captions),
         "groups": list(clip.groups),

@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from etils import epath
@@ -98,7 +98,7 @@ def compute(
 
 def _embedded(
     tasks: Sequence[teacher_inputs.Task], directory: str, embed: Embed, workers: int
-) -> Iterator[teacher_inputs.Inputs]:
+) -> Generator[teacher_inputs.Inputs]:
     """Reads, embeds and writes; yields each clip's inputs once its vectors are written."""
     config = embed.config
     sizes = teacher_inputs.Sizes(config.image_size, config.fbank_frames, config.mel_bins)
@@ -125,10 +125,10 @@ def _write(
     inputs: dict[Clip, np.ndarray | None],
 ) -> None:
     """Embeds what there is and writes the vectors."""
-    inputs = {clip: array for clip, array in inputs.items() if array is not None}
-    if not inputs:
+    given = {clip: array for clip, array in inputs.items() if array is not None}
+    if not given:
         return
-    for clip, vector in zip(inputs, embed(np.stack(list(inputs.values()))), strict=True):
+    for clip, vector in zip(given, embed(np.stack(list(given.values()))), strict=True):
         if not np.isfinite(vector).all():
             raise UserError(
                 f"clip {clip.video_id}: expected finite numbers from ImageBind for its {kind}, "

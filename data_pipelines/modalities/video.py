@@ -67,7 +67,7 @@ def decode_frames(
     ):
         count = 0
         for image in _candidates(path, recipe.frames_per_second, damage):
-            candidates.write(fit(image, size))
+            candidates.write(fit(image, size).data)
             count += 1
         if count == 0:
             raise MediaError("no frame of its video track can be decoded")
@@ -266,7 +266,7 @@ def _declared_frames(path: str | os.PathLike) -> int:
         return packets
 
 
-def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The first video track that is not a cover picture."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:

@@ -174,17 +174,21 @@ def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
         device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
     if device == "cuda":
         gpus = ctranslate2.get_cuda_device_count()
-        place = {"device_index": list(range(gpus)), "compute_type": "float16"}
+        load = functools.partial(
+            faster_whisper.WhisperModel, device_index=list(range(gpus)), compute_type="float16"
+        )
         where, at_once = f"{gpus} GPU" + "s" * (gpus > 1), _CLIPS_PER_GPU * gpus
     else:
         at_once = workers or os.cpu_count() or 1
         # One thread a clip: several for one clip wait for each other most of the time.
-        place = {"cpu_threads": 1, "num_workers": at_once, "compute_type": "int8"}
+        load = functools.partial(
+            faster_whisper.WhisperModel, cpu_threads=1, num_workers=at_once, compute_type="int8"
+        )
         where = f"CPU, {at_once} at once"
     directory = model if os.path.isdir(model) else _download(model)
     _check_files(model, directory)
     try:
-        whisper = faster_whisper.WhisperModel(directory, device=device, **place)
+        whisper = load(directory, device=device)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--whisper={model}: expected a Whisper model that can be loaded, found: {error}"
@@ -281,7 +285,7 @@ def _silence(found: str) -> Entry:
     return {"text": "", "language": "", "language_probability": 0.0, "found": found}
 
 
-def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry, None, None]:
+def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry]:
     """Yields the entries of clips as they are done, showing how far it is and the time left."""
 
     def hear(clip: Clip, read: Read) -> Entry:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -73,7 +73,7 @@ def _words(settings: Entry) -> str:
 
 
 @contextlib.contextmanager
-def appending(journal: Path) -> Iterator[Callable[[Entry], None]]:
+def appending(journal: Path) -> Generator[Callable[[Entry], None]]:
     """Opens the journal; gives the function that adds an entry to it for good."""
     try:
         journal.parent.mkdir(parents=True, exist_ok=True)

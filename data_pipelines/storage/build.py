@@ -88,15 +88,17 @@ def build(
             _write_here(todo, recipe, workers, strict, progress)
 
     sidecars.announce("index and metadata", str(directory))
-    all_notes = [shards.note_if_done(*pair) for pair in zip(all_shards, prints, strict=True)]
-    if None in all_notes:
+    found_notes = [shards.note_if_done(*pair) for pair in zip(all_shards, prints, strict=True)]
+    all_notes = [note for note in found_notes if note is not None]
+    if len(all_notes) < len(all_shards):
         raise UserError(
-            f"{work}: expected all {len(all_shards)} shards there, found {all_notes.count(None)} "
-            "absent or changed meanwhile. Run the same command again."
+            f"{work}: expected all {len(all_shards)} shards there, found "
+            f"{len(all_shards) - len(all_notes)} absent or changed meanwhile. Run the same command "
+            "again."
         )
     # The sound of a file may have been found wanting twice, by Whisper and for its filterbank.
     problems = [*found.problems, *(problem for note in all_notes for problem in note.problems)]
-    problems = list(dict.fromkeys(map(tuple, problems)))
+    problems = list(dict.fromkeys(problems))
     sidecars.check(dataset, problems, strict)  # of shards that were written without it, too
     by_split = {
         split: [n for s, n in zip(all_shards, all_notes, strict=True) if s.split == split]

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import BinaryIO
 
 import fsspec
@@ -114,8 +114,9 @@ def _read(source: BinaryIO, path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
+def _one_process_at_a_time(path: pathlib.Path) -> Generator[None]:
     descriptor = files.lock(path, wait=True)
+    assert descriptor is not None  # since it waits
     try:
         yield
     finally:

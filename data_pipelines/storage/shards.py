@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -104,7 +104,12 @@ class Note:
 
 
 def cut(
-    splits: dict[str, Sequence[Clip]], *, directory: str, notes: str, dataset: str, recipe: Recipe
+    splits: Mapping[str, Sequence[Clip]],
+    *,
+    directory: str,
+    notes: str,
+    dataset: str,
+    recipe: Recipe,
 ) -> list[Shard]:
     """Cuts the clips of all splits into shards; a split without clips has none."""
     shards = []

@@ -10,12 +10,12 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # ty: ignore[missing-module-member]  # no stubs
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer
 
@@ -198,7 +198,7 @@ def system_error(error: RuntimeError) -> OSError | None:
 
 
 @contextlib.contextmanager
-def writing(directory: str) -> Iterator[None]:
+def writing(directory: str) -> Generator[None]:
     """Turns what may go wrong in writing to a directory into errors that say what to do.
 
     Raises:
@@ -223,7 +223,7 @@ def writing(directory: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_system_error() -> Iterator[None]:
+def _as_system_error() -> Generator[None]:
     """array_record tells what the system said in words alone; gives it back its number."""
     try:
         yield
@@ -237,7 +237,7 @@ def _serializer(recipe: Recipe) -> example_serializer.ExampleSerializer:
 
 
 @contextlib.contextmanager
-def _partial_file(path: str) -> Iterator[str]:
+def _partial_file(path: str) -> Generator[str]:
     """Gives the name of a file on this machine to write, which becomes `path` at the end."""
     here = outages.temporary if is_remote(path) else contextlib.nullcontext
     with contextlib.ExitStack() as stack, here():
