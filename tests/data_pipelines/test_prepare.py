@@ -385,7 +385,7 @@ def test_problems_of_the_annotations_are_counted_and_with_strict_an_error(
     directory = tmp_path / "msrvtt" / "9k" / "1.0.0"
     with (directory / "problems.csv").open() as file:
         assert [tuple(row) for row in list(csv.reader(file))[1:]] == list(problems)
-    assert f"2 problems; each is in {directory}" in capsys.readouterr().out
+    assert f"2 problems, listed in {directory}" in capsys.readouterr().out
 
 
 def test_strict_does_not_pass_over_shards_that_were_written_without_it(root, tmp_path, monkeypatch):
