@@ -47,8 +47,8 @@ _ATTRIBUTE_COLUMNS = (
     *("has_track", "has_transcript"),
 )
 _OTHER_PLACE = "Give another directory, or remove this one to make the corpus anew."
-# What an interruption may leave before there is a manifest.
-_EMPTY_ROOT = {f".{MANIFEST}.tmp"}
+# What may precede the manifest: an interruption's leftover, and preparation's default --out.
+_EMPTY_ROOT = {f".{MANIFEST}.tmp", "prepared"}
 _SECONDS = (3.0, 4.0)  # shortest and longest clip
 _LEVEL = 0.1  # root mean square of speech, or of a sound alone; full scale is 1
 _SPEECH_OVER_SOUND_DB = (5.0, 11.0)  # how much louder speech is than the sound behind it

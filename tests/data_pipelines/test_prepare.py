@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -278,6 +279,16 @@ def test_the_demo_corpus_is_made_or_completed(tmp_path, monkeypatch):
     preparation._make_demo_corpus(str(tmp_path), workers=3)
     assert calls == [(str(tmp_path), {"seed": 0, "workers": 3})]
     assert preparation.places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
+
+
+def test_the_demo_is_made_and_prepared_below_a_root_alone(tmp_path, monkeypatch):
+    from data_pipelines import demo_corpus
+
+    small = functools.partial(demo_corpus.generate, n_train=2, n_test=2)
+    monkeypatch.setattr(demo_corpus, "generate", small)
+    assert main(["demo", f"--root={tmp_path / 'corpus'}", "--workers=1", *FLAGS]) == 0
+    directory = tmp_path / "corpus" / "prepared" / "demo" / "default" / "1.0.0"
+    assert metadata(directory)["counts"]["train"]["prepared"] == 2
 
 
 def test_what_is_not_given_is_as_usual_for_the_data_set(monkeypatch):
