@@ -427,8 +427,10 @@ def clip(video):
     )
 
 
-@pytest.mark.parametrize(("path", "words"), [(_Killed("a.mp4"), "Killed"),
-                                             (_Unstartable("a.mp4"), "cannot be had")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [(_Killed("a.mp4"), "Killed"), (_Unstartable("a.mp4"), "no process could be started")],
+)
 def test_a_process_ended_from_outside_is_no_clips_fault(path, words):
     with pytest.raises(OutageError, match=rf"a\.mp4: .*{words}.*same command again"):
         list(records.read_records([clip(path)], RECIPE, workers=2))

@@ -300,7 +300,7 @@ def test_models_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
         (tmp_path / "other" / name).write_bytes(b"{}")
     with pytest.raises(UserError, match="expected a Whisper model that can be loaded"):
         hear(model=str(tmp_path / "other"))
-    with pytest.raises(UserError, match="--translate, a model of many languages"):
+    with pytest.raises(UserError, match="a multilingual model for --translate"):
         hear(translate=True)
 
 
