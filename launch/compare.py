@@ -1,19 +1,21 @@
-"""One table of several finished runs: python -m launch.compare WORKDIR [WORKDIR ...]
+"""Compares evaluated runs in one table.
 
-Rows are runs, in the order given; columns are text→video SumR, then R@1 of all queries and of each
-query group. The last evaluation of each run counts.
+python -m launch.compare WORKDIR [WORKDIR ...]
+
+Each row is a run, in the order given. The columns are text→video SumR, then R@1 over all queries
+and over each query group, from the run's last evaluation.
 """
 
 import argparse
-import pathlib
 import sys
 
 from launch.report.runs import incomparable, last_evaluation
-from save_jax.errors import exit_codes
+from save_jax import files
+from save_jax.errors import EXIT_CODES, exit_codes
 
 
 def table(results: dict[str, dict]) -> str:
-    """Rows of runs, columns of metrics; a group that a run lacks is left blank."""
+    """Formats one row per run and one column per metric; a group that a run lacks is left blank."""
     groups = list(dict.fromkeys(name for r in results.values() for name in r["groups"]))
     first = next(iter(results.values()))
     columns = ["SumR", "R@1", *groups]
@@ -42,16 +44,25 @@ def table(results: dict[str, dict]) -> str:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdir", nargs="+", type=pathlib.Path)
-    workdirs = parser.parse_args(argv).workdir
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.compare",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "workdir", nargs="+", metavar="WORKDIR", help="an evaluated run's --workdir"
+    )
+    given = parser.parse_args(argv).workdir
+    workdirs = [files.path(workdir) for workdir in given]
     names = [workdir.name for workdir in workdirs]
     if len(set(names)) < len(names):
-        names = list(map(str, workdirs))
+        names = given
     results = {
         name: last_evaluation(workdir) for name, workdir in zip(names, workdirs, strict=True)
     }
-    print("Text→video: SumR, then R@1 (%) of all queries and of each group (number of queries).")
+    print("Text→video: SumR, then R@1 (%) over all queries and each group (number of queries).")
     print(table(results))
     for problem in incomparable(results):
         print(f"warning: {problem}", file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Creates a TPU pod slice, installs save_jax on its hosts, runs on all of them, deletes the slice.
+# Creates a TPU pod slice, installs save_jax on its hosts, trains on all of them, deletes the slice.
 #
 #   launch/tpu_pod.sh [FLAGS] ACTION [-- FLAGS OF save_jax.main]
 #
@@ -8,22 +8,24 @@
 #
 # Actions
 #   create, setup, run, delete   one step
-#   all                          create, set up, run; a slice that is preempted is deleted, made
-#                                again and runs the same command, which goes on from its last
-#                                checkpoint; the slice is deleted at the end, whatever happens
+#   all                          create, setup and run. A preempted slice is deleted and created
+#                                again, and the same command resumes from its last checkpoint. The
+#                                slice is deleted at the end, whatever happens
 # Flags
 #   --name=NAME --zone=ZONE --accelerator=TYPE   the slice: v5litepod-16, v6e-8, v4-32, v5p-8, ...
-#   --project=ID            default: gcloud's own
-#   --version=RUNTIME       default: by the accelerator
-#   --spot                  spot capacity
-#   --queued                wait in line for capacity, as a queued resource
+#   --project=ID            default: gcloud's current project
+#   --version=RUNTIME       default: chosen by the accelerator
+#   --spot                  use spot capacity
+#   --queued                wait for capacity, as a queued resource
 #   --data_disk=DISK        a persistent disk, for a slice of one host, mounted at /mnt/data
-#   --max_restarts=N        of `all`: default 50
-#   --poll=SECONDS          between looks at a slice that is not ready: default 30
+#   --max_restarts=N        restarts by `all`, default 50
+#   --poll=SECONDS          time between checks of a slice that is not ready, default 30
 #   --dry_run               print every command, run none
 #
 # The workdir must outlive the slice: gs://..., or /mnt/data/... with --data_disk.
-# Exit codes are those of save_jax.main; 1 also when there is no slice after --max_restarts.
+# Exit codes are those of save_jax.main: 0 done; 2 a mistake in what you gave; 75 interrupted: run
+# the same command again; 1 a fault of the program, training that broke down, or not finished after
+# --max_restarts.
 
 set -euo pipefail
 
@@ -58,7 +60,7 @@ while (($#)); do
       sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    *) usage_error "unknown argument $1; --help shows what there is" ;;
+    *) usage_error "unknown argument $1: expected a flag or an action that --help lists" ;;
   esac
   shift
 done
@@ -88,7 +90,7 @@ if [[ -z $version ]]; then
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
     v5p-*) version=v2-alpha-tpuv5 ;;
     v6e-*) version=v2-alpha-tpuv6e ;;
-    *) usage_error "--accelerator=$accelerator: no known runtime, give one by --version" ;;
+    *) usage_error "--accelerator=$accelerator: no known runtime, give --version=RUNTIME" ;;
   esac
 fi
 
@@ -96,7 +98,7 @@ where=(--zone="$zone")
 if [[ -n $project ]]; then where+=(--project="$project"); fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sources=(setup.py pyproject.toml README.md LICENSE save_jax configs data_pipelines launch)
-# A connection to a host that was taken away must end.
+# Ends the connection to a host that was preempted.
 alive=(-o ServerAliveInterval=15 -o ServerAliveCountMax=4)
 
 show() {
@@ -108,12 +110,12 @@ do_it() {
   if ! $dry_run; then "$@"; fi
 }
 tpu() { do_it gcloud compute tpus "$@" "${where[@]}"; }
-on_all() { # a command on every host, in the order of the hosts' outputs
+on_all() { # runs a command on every host
   do_it gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1" \
     -- "${alive[@]}"
 }
 
-state() { # of the slice; ABSENT if there is none
+state() { # prints the state of the slice; ABSENT if there is none
   gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' \
     2>/dev/null || echo ABSENT
 }
@@ -181,7 +183,7 @@ sudo chmod a+w /mnt/data'
 }
 
 run() {
-  # What is left of an earlier connection would keep the chips: it is asked to stop first.
+  # A process left by an earlier connection would keep the chips: it is stopped first.
   on_all "cd save_jax
 if [ -f ~/run.pid ] && kill -TERM \$(cat ~/run.pid) 2>/dev/null; then
   while kill -0 \$(cat ~/run.pid) 2>/dev/null; do sleep 1; done
@@ -208,15 +210,15 @@ delete_if_there() {
 
 all() {
   local code now set_up=false broken=0
-  # The slice costs money: it goes, whatever ends this script.
-  trap 'delete || echo "error: look whether $name is still there, and delete it" >&2' EXIT
+  # The slice costs money: it is deleted, whatever ends this script.
+  trap 'delete || echo "error: $name was not deleted: delete it, since it costs money" >&2' EXIT
   trap 'exit 75' INT TERM
   for ((restart = 0; restart <= max_restarts; restart++)); do
     if ((restart)); then
       echo "restart $restart of at most $max_restarts"
       sleep "$poll"
     fi
-    # Functions before || run on after an error in them, unless they return it themselves.
+    # set -e has no effect in functions before ||: they return their errors themselves.
     if $dry_run || [[ $(state) != READY ]]; then
       set_up=false
       delete_if_there || continue
@@ -237,11 +239,11 @@ all() {
     esac
     now=$(state)
     echo "the run ended with exit code $code, the slice is $now"
-    # 1 is also what is left when another host goes; twice in a row on a sound slice it is not.
+    # A run also ends with 1 when another host is lost; but not twice in a row on a READY slice.
     if [[ $now == READY && $code == 1 ]]; then broken=$((broken + 1)); else broken=0; fi
     if ((broken == 2)); then exit 1; fi
   done
-  echo "error: not finished after $max_restarts restarts" >&2
+  echo "error: not finished after --max_restarts=$max_restarts: run the same command again" >&2
   exit 1
 }
 

@@ -63,6 +63,16 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
                 os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Returns whether a process on this machine has a file's lock; None where that is unknown."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return {BlockingIOError: True, FileNotFoundError: False}.get(type(error))
+    return False
+
+
 @functools.cache
 def _warn_of_no_locks(path: str) -> None:
     print(

@@ -166,7 +166,7 @@ def _encode_frozen(
     )
 
 
-def jit_train_step(train_step: TrainStep, state: TrainState) -> TrainStep:
+def jit_train_step(train_step: TrainStep, state: TrainState) -> jax.stages.Wrapped:
     """Jits the step with the state donated and its sharding preserved.
 
     Args:

@@ -1,1 +1,1 @@
-"""Measures reading, training and caching beside something outside this project."""
+"""Measures reading, training and caching against code outside this project."""

@@ -1,10 +1,10 @@
-"""What this project's parts reach, beside something outside it, measured in one run.
+"""Measures parts of this project against code outside it, in one run.
 
 python -m launch.benchmark input [--clips=N] [--seconds=N] [...]
 python -m launch.benchmark train [--config=FILE] [--batch=N] [...]
 python -m launch.benchmark cache --data=DIR [--config=FILE] [--batch=N] [...]
 
-Each command prints a table, and last a line of JSON with the same numbers.
+Each command prints a table and then one line of JSON with the same numbers.
 """
 
 import argparse
@@ -12,14 +12,17 @@ import sys
 
 from launch.benchmark import cache, train
 from launch.benchmark import input as benchmark_input
-from save_jax.errors import exit_codes
+from save_jax.errors import EXIT_CODES, exit_codes
 
 
 @exit_codes
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark", description=__doc__.splitlines()[0]
+        prog="python -m launch.benchmark",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "input", benchmark_input)
@@ -31,12 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add(commands: argparse._SubParsersAction, name: str, module) -> None:
-    """Adds the command that a module is: its first line of text, `add_flags` and `run`."""
+    """Adds a module as a command: its docstring is the help, `add_flags` and `run` the rest."""
     summary = module.__doc__.splitlines()[0]
     parser = commands.add_parser(
         name,
         help=summary,
         description=module.__doc__,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_flags(parser)

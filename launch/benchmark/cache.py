@@ -1,8 +1,8 @@
-"""The training step from a cache of what frozen encoders make, and the step that computes it all.
+"""Measures the training step with and without a cache of the frozen encoders' outputs.
 
-Of one config, with CLIP and AST frozen, on prepared data: writes a cache, then takes turns of steps
-with it and without. Both ways go through the functions of the training loop, reading included: a
-step's time runs from asking for its batch to having its loss.
+For one config, with CLIP and AST frozen, on prepared data: writes a cache, then trains alternately
+with it and without. Both ways use the functions of the training loop, reading included: a step's
+time runs from the request for its batch to its loss and the updated state.
 """
 
 import argparse
@@ -23,19 +23,42 @@ from save_jax.cache import build
 from save_jax.data import Splits
 from save_jax.errors import UserError
 
-FROZEN = {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0}  # rates
+FROZEN = {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0}  # learning rates
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--config", default="configs/msrvtt.py", help="(default: %(default)s)")
-    parser.add_argument("--data", required=True, help="a prepared directory, as config.data.dir")
-    parser.add_argument("--batch", type=int, default=0, help="clips; 0: the config's batch_size")
-    parser.add_argument("--steps", type=int, default=2, help="a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
-    parser.add_argument("--dtype", default="float16", help="of AST's states (%(default)s)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
+        "--config",
+        default="configs/msrvtt.py",
+        metavar="FILE",
+        help="a config file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="a prepared directory, like config.data.dir"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="clips per step (default: batch_size of the config)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2, metavar="N", help="steps per turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, metavar="N", help="turns of each way (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="float16", help="dtype of AST's cached states (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key; may be repeated",
     )
 
 
@@ -43,10 +66,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures everything, prints a table and a line of JSON; returns what the JSON says.
 
     Raises:
-        UserError: a flag or the config is wrong, or there are no prepared data.
+        UserError: a flag or the config is wrong, or --data is not a prepared directory.
     """
     if options.steps < 1 or options.turns < 1 or options.batch < 0:
-        raise UserError("expected --steps and --turns of at least 1, and --batch of at least 0")
+        raise UserError(
+            f"--steps={options.steps} --turns={options.turns} --batch={options.batch}: expected "
+            "--steps and --turns of at least 1, and --batch of at least 0"
+        )
     overrides = [f"--config.{setting}" for setting in options.set]
     overrides += [f"--config.optimizer.{group}={rate}" for group, rate in FROZEN.items()]
     overrides.append(f"--config.data.dir={options.data}")
@@ -89,9 +115,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "writing_seconds": writing,
     }
     for name, x in step.items():
-        print(f"{name:<10}{x:>10.3f} s a step{config['batch_size'] / x:>12.2f} clips/s")
+        print(f"{name:<10}{x:>10.3f} s per step{config['batch_size'] / x:>12.2f} clips/s")
     print(
-        f"{result['ratio']:.1f} times the clips/s from the cache ({size / 1e6:.1f} MB); losses "
+        f"the cache ({size / 1e6:.1f} MB) gives {result['ratio']:.1f} times the clips/s; losses "
         f"differ by up to {result['largest_difference_of_losses']:.1e}"
     )
     print(json.dumps(result))
@@ -99,7 +125,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps(config: dict[str, Any], count: int) -> Iterator[tuple[float, float]]:
-    """Trains step by step; yields each one's seconds and loss. The first compiles."""
+    """Trains step by step; yields the seconds and the loss of each. The first step compiles."""
     configuration.set_matmul_precision(config)
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, count)
@@ -118,6 +144,6 @@ def steps(config: dict[str, Any], count: int) -> Iterator[tuple[float, float]]:
         _, batch = next(batches)
         state, scalars = step(state, batch)
         value = float(scalars["loss"])
-        # The loss is there before the update is.
+        # The loss is ready before the updated state is.
         jax.block_until_ready(state)
         yield time.monotonic() - started, value

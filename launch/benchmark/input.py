@@ -1,18 +1,17 @@
-"""Reading prepared clips and preparing them, beside the reference's way with the same files.
+"""Measures reading prepared clips and preparing them against the reference's way.
 
 Makes H.264 clips with AAC sound, prepares them as JPEG and raw, and measures
 
-- reading: `train_batches` with frames, filterbank, texts and teacher's vectors, against what the
-  reference does each time it needs a clip: OpenCV, one seek a frame, PIL resize and crop, and the
-  filterbank of a .wav (extracted beforehand, at no cost to it; the filterbank is our own code's,
-  which needs no torchaudio);
-- preparing: from a file to the arrays, and to the record that is stored, against the same; for
-  clips of one shot and of shots of five seconds, because the more key frames there are, the less a
-  seek costs;
-- how preparing gains from more processes, and how much memory reading takes.
+- reading: `train_batches` with frames, filterbank, texts and teacher vectors, against what the
+  reference does each time it needs a clip: OpenCV, one seek per frame, PIL resize and crop, and the
+  filterbank of a .wav (extracted beforehand, at no cost to the reference; the filterbank is our
+  code, which needs no torchaudio);
+- preparing: from a file to the arrays, and to the stored record, against the same; for clips of one
+  shot and of shots of five seconds, because the more key frames there are, the less a seek costs;
+- how preparing scales with processes, and how much memory reading takes.
 
-"A core" means: for each second of processor time that the process and its threads took, which other
-work on the machine changes little.
+"Per core" means per second of processor time of the process and its threads, on which other work on
+the machine has little effect.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from save_jax.errors import UserError
 
 WIDTH, HEIGHT, FPS, SOUND_RATE = 320, 240, 25, 44100
 SHOT_SECONDS = 5
-# How many of the clips are made; the others are further names of the same files.
+# How many clips are made; the others are links to these files.
 _DISTINCT = 4
 # The steepness of a picture's spectrum. This one gives H.264 files of about 400 kbit/s with x264's
 # own settings, and JPEG frames of about 35 kB.
@@ -56,15 +55,33 @@ _MEBIBYTE = 2**20
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--clips", type=int, default=64, help="clips to prepare (default: 64)")
     parser.add_argument(
-        "--seconds", type=float, default=10, help="each measurement's length (default: 10)"
+        "--clips", type=int, default=64, metavar="N", help="clips to prepare (default: 64)"
     )
     parser.add_argument(
-        "--clip_seconds", type=int, default=15, help="each clip's length (default: 15)"
+        "--seconds",
+        type=float,
+        default=10,
+        metavar="S",
+        help="length of each measurement (default: 10)",
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="(default: 32)")
-    parser.add_argument("--workers", type=int, default=0, help="0: one a processor (default)")
+    parser.add_argument(
+        "--clip_seconds",
+        type=int,
+        default=15,
+        metavar="S",
+        help="length of each clip (default: 15)",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="clips per batch read (default: 32)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that prepare (default: one per processor)",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,8 +138,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def make_clip(path: pathlib.Path, seed: int, seconds: int, shot_seconds: int) -> pathlib.Path:
     """Writes an H.264 file with AAC sound, 320×240 at 25 frames a second, and a .wav beside it.
 
-    Each shot moves over a picture whose spectrum falls as that of photographs does, with another
-    one going round in it. The encoders' settings are their own.
+    Each shot pans over a picture whose spectrum falls like that of photographs, with a second
+    picture that circles in it. The encoders use their default settings.
     """
     rng = np.random.default_rng([seed, shot_seconds])
     with av.open(str(path), "w") as container:
@@ -136,14 +153,14 @@ def make_clip(path: pathlib.Path, seed: int, seconds: int, shot_seconds: int) ->
         container.mux(sound.encode(frame))
         for stream in (video, sound):
             container.mux(stream.encode(None))
-    _write_wav(path.with_suffix(".wav"), audio.read_waveform(path))
+    _write_wav(path.with_suffix(".wav"), _waveform(path))
     return path
 
 
 def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and filterbank of a clip as the reference reads them, each time.
+    """Returns frames and filterbank of a clip, read in the reference's way.
 
-    OpenCV decodes with one thread, which takes it less processor time than its own choice.
+    OpenCV decodes with one thread, which takes less processor time than its default.
     """
     cv2 = _opencv()
     capture = cv2.VideoCapture(video, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -160,19 +177,19 @@ def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
         frames.append(video_files.fit(image, recipe.image_size))
     capture.release()
     kept = [frames[i] for i in video_files.keep_evenly(len(frames), recipe.max_frames)]
-    waveform = audio.read_waveform(pathlib.Path(video).with_suffix(".wav"))
+    waveform = _waveform(pathlib.Path(video).with_suffix(".wav"))
     return np.stack(kept), audio.fbank(waveform, recipe)
 
 
 def to_arrays(video: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a clip as preparation makes them, the sound from the video itself."""
+    """Returns the same arrays as preparation makes them, with the sound from the video itself."""
     recipe = Recipe()
     frames = video_files.decode_frames(video, recipe)
-    return frames, audio.fbank(audio.read_waveform(video), recipe)
+    return frames, audio.fbank(_waveform(video), recipe)
 
 
 def to_record(video: str) -> record.Record:
-    """All that is stored of a clip: the same arrays, the frames as JPEG."""
+    """Returns the record of a clip that is stored: the same arrays, with the frames as JPEG."""
     return record.read_record(_clip("clip", video), Recipe())
 
 
@@ -180,8 +197,8 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
     """Reads batches for some seconds, in this process.
 
     Returns:
-        What `_rate` gives, and this process's memory in MiB: `memory_before` reading, and at its
-        most, `memory_peak`.
+        What `_rate` returns, and this process's memory in MiB: `memory_before` reading and
+        `memory_peak`.
     """
     from data_pipelines import input as pipeline
     from data_pipelines.splits import open_split
@@ -201,27 +218,27 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
         teacher=True,
         tokenizer=Tokenizer(),
     )
-    for _ in range(4):  # as many as are read ahead, so that as many are at the end
+    for _ in range(4):  # the batches that are prefetched, so that as many are at the end
         next(batches)
     rate = _rate(lambda: next(batches), batch_size, seconds)
     return {**rate, "memory_before": before, "memory_peak": _memory("VmHWM")}
 
 
 def _in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own: what one leaves in memory is not another's."""
+    """Calls a function in a new process, so that no measurement sees another's memory."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure, *arguments).result()
 
 
 def _repeat(way: Callable[[str], Any], videos: list[str], seconds: float) -> dict[str, float]:
-    """The rate of `way` with all of these videos, again and again, in this process."""
-    way(videos[0])  # what is done once only
+    """Returns the rate of `way` over these videos, repeated in this process."""
+    way(videos[0])  # initialisation, which is done only once
     return _rate(lambda: [way(video) for video in videos], len(videos), seconds)
 
 
 def _rate(step: Callable[[], Any], clips: int, seconds: float) -> dict[str, float]:
-    """How fast a step of so many clips is: clips `a_second` that passes, and `a_core`."""
+    """Repeats a step; returns its clips per second of wall time and of processor time."""
     done, wall, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - wall < seconds or not done:
         step()
@@ -233,7 +250,7 @@ def _rate(step: Callable[[], Any], clips: int, seconds: float) -> dict[str, floa
 
 
 def _prepare_with(clips: list[Clip], workers: int) -> float:
-    """Clips a second prepared by so many processes, from the first finished clip to the last."""
+    """Returns the clips per second of several processes, from the first finished clip on."""
     found = record.read_records(clips, Recipe(), workers)
     next(found)
     start = time.perf_counter()
@@ -243,7 +260,7 @@ def _prepare_with(clips: list[Clip], workers: int) -> float:
 def _table(results: dict[str, Any]) -> str:
     reading, preparing, scaling = (results[key] for key in ("reading", "preparing", "scaling"))
     seconds = results["clip_seconds"]
-    lines = [f"{'':<46}{'clips/s a core':>15}{'ms a clip':>11}{'× reference':>13}"]
+    lines = [f"{'':<46}{'clips/s/core':>15}{'ms/clip':>11}{'× reference':>13}"]
 
     def rows(title: str, group: dict[str, dict[str, float]], names: dict[str, str]) -> None:
         lines.append(title)
@@ -272,13 +289,13 @@ def _table(results: dict[str, Any]) -> str:
             },
         )
     lines.append(
-        f"Preparing with 1 process {scaling['one']:.1f} clips/s, with {scaling['workers']} "
-        f"{scaling['all']:.1f} clips/s: {scaling['times']:.2f} times"
+        f"Preparing: {scaling['one']:.1f} clips/s with 1 process, {scaling['all']:.1f} with "
+        f"{scaling['workers']}: {scaling['times']:.2f} times"
     )
     for encoding in ("jpeg", "raw"):
         before, peak = (reading[encoding][f"memory_{when}"] for when in ("before", "peak"))
         lines.append(
-            f"Memory of reading {encoding}: {peak:.0f} MiB at most, {before:.0f} MiB before reading"
+            f"Memory while reading {encoding}: {peak:.0f} MiB at most, {before:.0f} MiB before"
         )
     return "\n".join(lines)
 
@@ -324,7 +341,7 @@ def _pictures(rng: np.random.Generator, count: int, shot: int) -> Iterator[np.nd
             back, front = _texture(rng, 512), _texture(rng, 96)
             start, velocity = rng.uniform(0, 512, 2), rng.uniform(-1, 1, 2)
         y, x = (start + velocity * time_in_shot).astype(int)
-        # It goes on at its other side without a seam.
+        # The picture wraps around without a seam.
         pixels = back.take(np.arange(y, y + HEIGHT), 0, mode="wrap")
         pixels = pixels.take(np.arange(x, x + WIDTH), 1, mode="wrap")
         y = int(72 + 60 * np.sin(time_in_shot / 9))
@@ -334,7 +351,7 @@ def _pictures(rng: np.random.Generator, count: int, shot: int) -> Iterator[np.nd
 
 
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random picture, uint8 [size, size, 3], of few fine details and much the same hue."""
+    """Returns a random picture, uint8 [size, size, 3], with few details and similar hues."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1
     noise = np.fft.rfft2(rng.standard_normal((3, size, size)))
@@ -351,6 +368,12 @@ def _sound(rng: np.random.Generator, seconds: int) -> np.ndarray:
     return np.ascontiguousarray(tones + noise, np.float32)
 
 
+def _waveform(path: str | os.PathLike) -> np.ndarray:
+    waveform = audio.read_waveform(path)
+    assert waveform is not None  # every file made here has sound
+    return waveform
+
+
 def _write_wav(path: pathlib.Path, waveform: np.ndarray) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=audio.SAMPLE_RATE, layout="mono")
@@ -362,7 +385,7 @@ def _write_wav(path: pathlib.Path, waveform: np.ndarray) -> None:
 
 
 def _memory(field: str) -> float:
-    """A figure of this process's memory, in MiB."""
+    """Returns a field of /proc/self/status of this process, in MiB."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(value) * 1024 / _MEBIBYTE
@@ -373,7 +396,7 @@ def _opencv():
         import cv2
     except ImportError as error:
         raise UserError(
-            "expected OpenCV, with which the reference reads videos, found none. Install it: "
+            "the reference's way needs OpenCV, which is not installed: "
             "pip install opencv-python-headless"
         ) from error
     return cv2
@@ -384,12 +407,12 @@ def _check(options: argparse.Namespace) -> None:
     for flag, least in (("clips", 2), ("seconds", 0), ("clip_seconds", 1), ("batch_size", 1)):
         if getattr(options, flag) < least:
             raise UserError(
-                f"expected --{flag} of at least {least}, found {getattr(options, flag)}."
+                f"--{flag}={getattr(options, flag)}: expected --{flag} of at least {least}"
             )
     if options.workers < 0:
-        raise UserError(f"expected --workers of at least 0, found {options.workers}.")
+        raise UserError(f"--workers={options.workers}: expected --workers of at least 0")
     if options.batch_size > options.clips * _CAPTIONS:
         raise UserError(
-            f"expected --batch_size of at most {_CAPTIONS} for each of the {options.clips} clips, "
-            f"found {options.batch_size}."
+            f"--batch_size={options.batch_size}: expected at most {_CAPTIONS} for each of the "
+            f"{options.clips} clips"
         )

@@ -1,10 +1,10 @@
-"""The training step: clips/s, utilisation, and the same step in plain PyTorch, in one run.
+"""Measures the training step and its utilisation against the same step in plain PyTorch.
 
-The batch is random and already in memory: reading is what `input` measures. PyTorch's step is that
-of the model in --reference, by default the one that a checkout's tests compare with, with fused
-attention and, in bfloat16, autocast; it runs in a process of its own, and the two take turns.
-Utilisation is the step's rate of floating-point operations over that of one large matrix product,
-measured in the same run.
+The batch is random and already in memory; `input` measures reading. PyTorch's step is that of the
+model in --reference, by default the one that the tests compare with, with fused attention and, in
+bfloat16, autocast. It runs in a separate process, and the two take turns. Utilisation is the step's
+floating-point operations per second over those of one large matrix product, measured in the same
+run.
 """
 
 import argparse
@@ -34,27 +34,46 @@ from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 
-# SAVE in plain PyTorch, of which an installed package has none: beside this one in a checkout.
+# SAVE in plain PyTorch: part of a clone of the repository, not of an installed package.
 REFERENCE = pathlib.Path(__file__).parents[2] / "tests/support/reference.py"
-TOTAL_STEPS = 1000  # of the schedule; what is measured is its beginning
+TOTAL_STEPS = 1000  # of the schedule; its first steps are measured
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--config", default="configs/msrvtt.py", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=0, help="clips; 0: the config's batch_size")
-    parser.add_argument("--steps", type=int, default=3, help="a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="of each (default: %(default)s)")
-    parser.add_argument("--no_torch", action="store_true", help="leave PyTorch out")
+    parser.add_argument(
+        "--config",
+        default="configs/msrvtt.py",
+        metavar="FILE",
+        help="a config file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="clips per step (default: batch_size of the config)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="steps per turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, metavar="N", help="turns of each way (default: %(default)s)"
+    )
+    parser.add_argument("--no_torch", action="store_true", help="do not measure PyTorch")
     parser.add_argument(
         "--reference",
         type=pathlib.Path,
         default=REFERENCE,
         metavar="FILE.py",
-        help="SAVE in PyTorch (default: tests/support/reference.py of the checkout)",
+        help="SAVE in PyTorch (default: tests/support/reference.py of the clone)",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a config key"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key; may be repeated",
     )
 
 
@@ -62,10 +81,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures everything, prints a table and a line of JSON; returns what the JSON says.
 
     Raises:
-        UserError: a flag or the config is wrong, or PyTorch's step is not to be had.
+        UserError: a flag or the config is wrong, or PyTorch or --reference is missing.
     """
     if options.steps < 1 or options.turns < 1 or options.batch < 0:
-        raise UserError("expected --steps and --turns of at least 1, and --batch of at least 0")
+        raise UserError(
+            f"--steps={options.steps} --turns={options.turns} --batch={options.batch}: expected "
+            "--steps and --turns of at least 1, and --batch of at least 0"
+        )
     overrides = [f"--config.{setting}" for setting in options.set]
     if options.batch:
         overrides.append(f"--config.batch_size={options.batch}")
@@ -79,7 +101,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ours, flops, compile_seconds = _our_turn(config, model, batch)
 
     seconds: dict[str, list[float]] = {"jax": [], "torch": []}
-    ours(1)  # the first call of each is not like the others
+    ours(1)  # the first call of each is slower than the others
     if torch_turn:
         torch_turn(1)
     for _ in range(options.turns):
@@ -110,9 +132,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_batch(model: SAVEConfig, config: dict[str, Any]) -> Batch:
-    """Random clips of a config's sizes; every one has sound and speech."""
+    """Returns random clips of a config's sizes, all with sound and speech."""
     rng = np.random.default_rng(0)
-    end = model.clip.vocab_size - 1  # the last token of a text, which its embedding is read at
+    end = model.clip.vocab_size - 1  # the last token of a text, where its embedding is read
     shapes = program.batch_shapes(config, model, config["batch_size"], training=True)
 
     def made(shape: jax.ShapeDtypeStruct | None) -> np.ndarray | None:
@@ -132,7 +154,7 @@ def random_batch(model: SAVEConfig, config: dict[str, Any]) -> Batch:
 
 
 def matrix_product_rate(dtype: str) -> float:
-    """Floating-point operations a second of one large square product on one device, at best."""
+    """Returns the most floating-point operations per second of a large product on one device."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -145,11 +167,11 @@ def matrix_product_rate(dtype: str) -> float:
     return 2 * size**3 / min(times)
 
 
-Turn = Callable[[int], list[float]]  # takes so many steps; the seconds of each
+Turn = Callable[[int], list[float]]  # takes that many steps; returns the seconds of each
 
 
 def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[Turn, float, float]:
-    """Our step, its floating-point operations, and the seconds that compiling it took."""
+    """Returns our step, its floating-point operations, and the seconds that it took to compile."""
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_size("batch_size", config["batch_size"], mesh)
     rates = configuration.optimizer_config(config, TOTAL_STEPS)
@@ -179,19 +201,22 @@ def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[
 def _start_torch(
     file: pathlib.Path, config: dict[str, Any], model: SAVEConfig, batch: Batch
 ) -> Turn:
-    """PyTorch's step in a process of its own, which waits while it is not its turn."""
-    lacks = None
+    """Returns PyTorch's step, in a process that waits while it is not its turn."""
+    missing = None
     if not file.is_file():
-        lacks = f"{file}, which is not there"
+        missing = f"{file}, which does not exist"
     elif not importlib.util.find_spec("torch"):
-        lacks = "the package 'torch'"
-    if lacks:
+        missing = "the package 'torch', which is not installed"
+    if missing:
         raise UserError(
-            f"PyTorch's step needs {lacks}: run this in a checkout of the repository with "
+            f"PyTorch's step needs {missing}: run this in a clone of the repository after "
             "pip install -e '.[test]', or give --no_torch"
         )
     if not (model.sound_weight and model.speech_weight and config["loss"]["soft_albef_weight"]):
-        raise UserError("PyTorch's step is SAVE's only: for a baseline, give --no_torch")
+        raise UserError(
+            "PyTorch's step exists for SAVE only, with sound, speech and soft-ALBEF: for another "
+            "model, give --no_torch"
+        )
     clip, ast = dataclasses.asdict(model.clip), dataclasses.asdict(model.ast)
     sizes = dict(
         clip,
@@ -211,7 +236,7 @@ def _start_torch(
     process = multiprocessing.get_context("spawn").Process(
         target=_torch_process, args=arguments, daemon=True
     )
-    # OpenMP's threads wait by spinning, which would take our step's processors from it.
+    # OpenMP's waiting threads would otherwise spin, and take processors from our step.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     process.start()
 
@@ -220,14 +245,15 @@ def _start_torch(
             here.send(steps)
             return here.recv()
         except (EOFError, BrokenPipeError) as error:
-            raise UserError("PyTorch's process ended; its own message is above") from error
+            raise UserError("PyTorch's process ended: see its message above") from error
 
     return turn
 
 
 def _load(file: pathlib.Path) -> types.ModuleType:
-    """A Python file as a module, though it is part of no package."""
+    """Imports a Python file that belongs to no package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
@@ -242,7 +268,7 @@ def _torch_process(
     config: dict[str, Any],
     on_gpu: bool,
 ) -> None:
-    """Takes the steps that are asked for; 0 ends it."""
+    """Takes as many steps as each order says, and sends back the seconds of each; 0 ends it."""
     import torch
 
     reference, loss = _load(file), config["loss"]
@@ -295,7 +321,7 @@ def _torch_process(
 
 
 def _fused_attention(self: Any, x: Any) -> Any:
-    """The reference's attention of AST, by PyTorch's fused kernel."""
+    """Computes the reference's attention of AST with PyTorch's fused kernel."""
     import torch
 
     batch, tokens, width = x.shape
@@ -306,7 +332,7 @@ def _fused_attention(self: Any, x: Any) -> Any:
 
 def _print(result: dict[str, Any]) -> None:
     print(f"{result['device']}, {result['dtype']}, batch {result['batch']}")
-    rows = [("", "s a step", "clips/s")]
+    rows = [("", "s/step", "clips/s")]
     rows.append(("save_jax", f"{result['step_seconds']:.3f}", f"{result['clips_per_second']:.2f}"))
     if "torch_step_seconds" in result:
         theirs = result["torch_step_seconds"]
@@ -314,9 +340,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, step, clips in rows:
         print(f"{name:<10}{step:>10}{clips:>10}")
     if "ratio_to_torch" in result:
-        print(f"save_jax takes {result['ratio_to_torch']:.2f} x PyTorch's clips/s")
+        print(f"save_jax reaches {result['ratio_to_torch']:.2f} times PyTorch's clips/s")
     print(
-        f"{result['flops'] / 1e9:,.0f} GFLOP a step, {result['utilisation']:.1%} of a matrix "
+        f"{result['flops'] / 1e9:,.0f} GFLOP per step, {result['utilisation']:.1%} of a matrix "
         f"product's {result['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s; compiled in "
         f"{result['compile_seconds']:.0f} s"
     )

@@ -1,1 +1,1 @@
-"""Compiles the programs of a config for a topology without its devices."""
+"""Compiles a config's programs for devices that are not there."""

@@ -1,4 +1,4 @@
-"""The command `python -m launch.compile`; what it does is in `launch.compile.command`."""
+"""Runs `python -m launch.compile`, which is defined in `launch.compile.command`."""
 
 import sys
 

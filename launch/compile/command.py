@@ -1,16 +1,14 @@
-"""Compiles a config's programs for devices that are not there, and says what they would take.
+"""Compiles a config's programs for devices that are not there, and prints their requirements.
 
 python -m launch.compile --config=configs/NAME.py --topology=v5e:2x4 [--batch=N] [--json]
     [--config.KEY=VALUE ...]
 
-The training step and both halves of evaluation go through the compiler of the target as they would
-in a run: nothing is computed, and no accelerator is needed. The table says, for one chip, what
-memory they take, what they compute and move and send, and the least time that leaves.
+The training step and both halves of evaluation are compiled for the target as in a run; nothing is
+computed, and no accelerator is needed. The table shows, per chip, their memory, floating-point
+operations, HBM traffic and collectives, and the least time that these take.
 
 A topology is a TPU slice (v4:2x2x2, v5e:2x4, v5p:2x2x2, v6e:2x4 and other shapes), cpu:N, gpu:N or
-"here", the devices of this machine; with several, comma-separated, each has one line.
-
-Exit codes: 0 it fits, 1 it does not, 2 a mistake of the user.
+"here", the devices of this machine. Several, separated by commas, are printed as one line each.
 """
 
 import argparse
@@ -26,7 +24,7 @@ from save_jax.errors import exit_codes
 
 REMEDIES = (
     "a larger topology, a smaller --batch, --config.micro_batch=N (clips encoded at once), "
-    "--config.model.remat=products or blocks, --config.mesh.fsdp=N (slices the parameters)"
+    "--config.model.remat=products or blocks, --config.mesh.fsdp=N (shards the parameters)"
 )
 
 
@@ -36,13 +34,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.compile",
         description=__doc__,
+        epilog="exit codes: 0 it fits; 2 a mistake in what you gave; 75 interrupted: run the same "
+        "command again;\n1 it does not fit, as stderr then says, or a fault of the program",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a config file, as in save_jax.main")
-    parser.add_argument("--topology", required=True, help="what to compile for, see above")
-    parser.add_argument("--batch", type=int, help="clips a step, in place of config.batch_size")
-    parser.add_argument("--training_only", action="store_true", help="leave out evaluation")
-    parser.add_argument("--json", action="store_true", help="also print a line of JSON each")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a config file, as for save_jax.main"
+    )
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="the devices to compile for, see above"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="clips per step (default: batch_size of the config)"
+    )
+    parser.add_argument("--training_only", action="store_true", help="do not compile evaluation")
+    parser.add_argument(
+        "--json", action="store_true", help="also print one line of JSON per topology"
+    )
     options, overrides = parser.parse_known_args(argv)
     names = options.topology.split(",")
     if "here" not in names and not any(name.startswith("gpu") for name in names):
@@ -69,8 +77,8 @@ def _run(config: dict[str, Any], targets: list[program.Target], options: argpars
             print(table.as_json(config, target, measured))
         sys.stdout.flush()
         unfit += [
-            f"the {name} needs {table.number(m.needed / GIB)} GiB of a {target.name} chip's "
-            f"{target.chip.memory / GIB:g}"
+            f"the {name} needs {table.number(m.needed / GIB)} GiB"
+            + (f" of a {target.name} chip's {target.chip.memory / GIB:g}" if target.chip else "")
             for name, m in measured.items()
             if not m.fits
         ]

@@ -1,7 +1,7 @@
-"""Reads a compiled program's text: what it sends between chips, and moves to and from their HBM.
+"""Reads collectives and HBM traffic from a compiled program's text.
 
-The text is the only place where the compiler says what collectives it has put in, and its own
-sums take a loop's body once.
+Only the text lists the collectives that the compiler inserted, and the compiler's own totals take a
+loop's body once.
 """
 
 import collections
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# Instructions that name, group or wait for what others have made.
+# Instructions that only name, group or wait for the results of others.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while")
 FREE += ("conditional", "call", "opt-barrier", "partition-id", "replica-id", "iota")
 
 SLICES = ("dynamic-slice", "slice", "gather")
-UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # where the operand is that holds what is new
+UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # opcode -> index of the operand written
 
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(
@@ -49,8 +49,8 @@ class Collective(NamedTuple):
 
     Attributes:
         count: how many run.
-        bytes: what a chip receives by them, in a ring, which is the least there can be.
-        largest: the largest one's type, and the operation of ours that it comes from.
+        bytes: bytes that a chip receives in a ring, which is the least possible.
+        largest: the type of the largest one, and the operation in our code that it comes from.
     """
 
     count: int
@@ -79,9 +79,7 @@ class Program:
         for name, instructions in self._computations.items():
             self._types[name] = {i.name: i.type for i in instructions}
             self._parameters[name] = {
-                int(re.match(r"\d+", i.attributes)[0]): i.name
-                for i in instructions
-                if i.opcode == "parameter"
+                _number(i.attributes): i.name for i in instructions if i.opcode == "parameter"
             }
         # How often each computation runs by control flow, and as the inside of a fusion.
         self._runs: dict[str, int] = collections.Counter()
@@ -90,13 +88,13 @@ class Program:
         self._visit(entry, 1)
 
     def collectives(self, devices: int) -> dict[str, Collective]:
-        """By kind, those that run.
+        """Returns the collectives that run, by kind.
 
         Args:
-            devices: chips in the program; groups of unknown size are taken to be all of them.
+            devices: chips in the program; a group of unknown size is taken to be all of them.
         """
         found: dict[str, list[tuple[int, float, str]]] = collections.defaultdict(list)
-        # Channels whose collective is taken apart: its start stands for the rest.
+        # Channels whose collective is split into parts, of which only the start is counted.
         started = {
             _channel(instruction)
             for _, instructions, _ in self._running()
@@ -128,11 +126,10 @@ class Program:
         }
 
     def hbm_bytes(self) -> float:
-        """Bytes that instructions read from and write to HBM, a loop's as often as it runs.
+        """Estimates the bytes that the program reads from and writes to HBM, loops included.
 
-        An estimate: every instruction outside a fusion reads its operands and writes its result;
-        what lies in on-chip memory is free; of an array that is sliced or updated in a fusion, the
-        slice counts.
+        Every instruction outside a fusion reads its operands and writes its result. Arrays in
+        on-chip memory are free. Of an array that a fusion slices or updates, only the slice counts.
         """
         total = 0.0
         for name, runs in self._runs.items():
@@ -151,7 +148,7 @@ class Program:
             called = [c for c in _called(instruction.attributes) if c in self._computations]
             if instruction.opcode == "while":
                 times = self._trip_count(instruction)
-                body = re.search(r"body=%?([^\s,]+)", instruction.attributes)[1]
+                body = _named(instruction.attributes, "body")
                 self._visit(body, runs * times)
             elif instruction.opcode in ("call", "conditional"):
                 for computation in called:
@@ -172,13 +169,13 @@ class Program:
         known = re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = re.search(r"condition=%?([^\s,]+)", loop.attributes)[1]
+        condition = _named(loop.attributes, "condition")
         bounds = set()
         pending = [condition]
         while pending:
             for instruction in self._computations.get(pending.pop(), ()):
                 if instruction.opcode == "constant" and re.match(r"[su]32\[\]", instruction.type):
-                    bounds.add(int(re.match(r"-?\d+", instruction.attributes)[0]))
+                    bounds.add(_number(instruction.attributes))
                 pending += _called(instruction.attributes)
         if len(bounds) == 1 and min(bounds) > 0:
             return min(bounds)
@@ -186,7 +183,7 @@ class Program:
         return 1
 
     def _received(self, name: str, instruction: Instruction, kind: str, devices: int) -> float:
-        """Bytes that a chip receives by a collective in a ring."""
+        """Returns the bytes that a chip receives in a collective over a ring."""
         group = _group_size(instruction.attributes) or devices
         operands = math.fsum(self._size(name, operand) for operand in instruction.operands)
         if kind == "collective-permute":
@@ -203,7 +200,7 @@ class Program:
         if opcode in FREE or opcode.endswith("-done"):
             return 0.0
         if opcode == "custom-call" and not instruction.operands:
-            return 0.0  # memory set aside, not yet written
+            return 0.0  # memory that is allocated, but not written yet
         types = self._types[name]
         if opcode.endswith("-start"):
             return self._copied(types, instruction)
@@ -217,7 +214,7 @@ class Program:
         return read + hbm_type_bytes(instruction.type)
 
     def _copied(self, types: dict[str, str], instruction: Instruction) -> float:
-        """Of an asynchronous copy or slice: the destination's bytes, at each end that is in HBM."""
+        """Counts an asynchronous copy's or slice's destination once for each end that is in HBM."""
         results = [m for m in _ARRAY.finditer(instruction.type)]
         source = types.get(instruction.operands[0], "") if instruction.operands else ""
         sizes = [_array_bytes(m) for m in results]
@@ -245,7 +242,7 @@ class Program:
         )
 
     def _read(self, name: str, value: str) -> float:
-        """Bytes of a value that a fused computation reads: only slices, if it only takes slices."""
+        """Counts the bytes of a value that a fusion reads: slices, if it reads only slices."""
         whole = self._size(name, value)
         read = 0.0
         for user in self._computations[name]:
@@ -267,7 +264,7 @@ class Program:
         return min(read, whole)
 
     def _written(self, name: str, value: str) -> float:
-        """Bytes of a value that a fused computation writes: of an update in place, what is new."""
+        """Counts the bytes of a value that a fusion writes: of an in-place update, the update."""
         made = next((i for i in self._computations[name] if i.name == value), None)
         if made is None:
             return 0.0
@@ -281,19 +278,19 @@ class Program:
         return type_bytes(made.type)
 
     def _inside(self, instruction: Instruction) -> str | None:
-        """The computation that a fusion runs; None of any other instruction."""
+        """Returns the computation that a fusion runs; None for any other instruction."""
         if instruction.opcode != "fusion":
             return None
         return next((c for c in _called(instruction.attributes) if c in self._computations), None)
 
 
 def type_bytes(text: str) -> float:
-    """Bytes of all arrays in a printed type."""
+    """Returns the bytes of all arrays in a printed type."""
     return math.fsum(_array_bytes(m) for m in _ARRAY.finditer(text))
 
 
 def hbm_type_bytes(text: str) -> float:
-    """Bytes of those arrays in a printed type that lie in HBM: others have a memory space, S(n)."""
+    """Returns the bytes of a printed type's arrays in HBM: others have a memory space, S(n)."""
     return math.fsum(
         _array_bytes(m) for m in _ARRAY.finditer(text) if not re.search(r"S\([1-9]", m[3] or "")
     )
@@ -320,7 +317,7 @@ def _parse(line: str) -> Instruction | None:
         return None
     end = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : end]
-    # A constant's value and a parameter's number stand where others have operands.
+    # A constant has its value, and a parameter its number, in the place of operands.
     literal = opcode[1] in ("constant", "parameter")
     operands = () if literal else tuple(re.findall(r"%([^\s,()]+)", inside))
     return Instruction(
@@ -329,7 +326,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Returns the position where the bracket that opens at `start` closes."""
     depth = 0
     for bracket in re.compile(r"[()]").finditer(text, start):
         depth += 1 if bracket[0] == "(" else -1
@@ -338,8 +335,22 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
+def _number(attributes: str) -> int:
+    """Returns the whole number with which attributes begin."""
+    found = re.match(r"-?\d+", attributes)
+    assert found is not None, attributes
+    return int(found[0])
+
+
+def _named(attributes: str, key: str) -> str:
+    """Returns the computation that a loop's attributes give as its body or condition."""
+    found = re.search(rf"{key}=%?([^\s,]+)", attributes)
+    assert found is not None, attributes
+    return found[1]
+
+
 def _called(attributes: str) -> list[str]:
-    """Names of the computations that an instruction runs."""
+    """Returns the names of the computations that an instruction runs."""
     return [n.strip(" %") for group in _CALLED.findall(attributes) for n in group.split(",")]
 
 
@@ -349,7 +360,7 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _starts(instructions: list[Instruction]) -> bool:
-    """Whether a computation is the start of a collective that others go on with."""
+    """Returns whether a computation starts a collective that others complete."""
     return any(
         i.opcode == "custom-call" and '"AsyncCollectiveStart"' in i.attributes for i in instructions
     )
@@ -361,7 +372,7 @@ def _channel(instruction: Instruction) -> str:
 
 
 def _group_size(attributes: str) -> int:
-    """Chips that take part in a collective together; 0 where the text does not say."""
+    """Returns the number of chips in a collective's group; 0 where the text does not give it."""
     listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", attributes)
     if listed:
         return listed[1].count(",") + 1

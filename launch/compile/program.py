@@ -1,4 +1,4 @@
-"""The programs of a config, compiled for devices that are not there, and what they take."""
+"""Traces and compiles a config's programs for devices that are not there, and measures them."""
 
 import contextlib
 import importlib.util
@@ -23,8 +23,8 @@ from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 
-# Without these, the TPU compiler asks a metadata server who it is, and takes a lock that only the
-# one user of real chips needs.
+# Without these, the TPU compiler queries a metadata server, and takes a lock that is needed only by
+# a user of real chips.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -34,13 +34,13 @@ LIBTPU = {
 
 
 class Target(NamedTuple):
-    """What to compile for.
+    """The devices to compile for.
 
     Attributes:
-        name: as the user gave it.
-        devices: real ones, or descriptions.
+        name: the topology, as the user gave it.
+        devices: real devices, or descriptions of devices.
         platform: "tpu", "gpu" or "cpu".
-        chip: its published figures, where we have them.
+        chip: the chip's published figures; None if unknown.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Target(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one program takes of one chip.
+    """The requirements of one program on one chip.
 
     Attributes:
-        arguments, output, temporaries, code: bytes; output without what takes an argument's place.
-        needed: bytes in all, or what the compiler said it would take when that is too much.
-        fits: whether it compiled, and fits the chip.
-        flops: of the chip's matrix products.
-        compiler_flops: what the compiler itself counts, a loop's body once.
-        hbm_bytes: moved between chip and HBM.
-        collectives: by kind.
-        unknown_loops: loops whose length the compiled text does not say; taken to run once.
-        seconds: of compilation.
-        limits: the least time by compute, memory and interconnect.
+        arguments, output, temporaries, code: bytes; output without arrays aliased to arguments.
+        needed: total bytes; if it does not compile, the bytes that the compiler says it would need.
+        fits: whether it compiles and fits the chip.
+        flops: floating-point operations of the chip's matrix products.
+        compiler_flops: the compiler's own count, which takes a loop's body once.
+        hbm_bytes: bytes moved between chip and HBM.
+        collectives: kind -> the collectives of that kind.
+        unknown_loops: loops whose length the compiled text does not give; counted once.
+        seconds: compile time.
+        limits: the least time by compute, memory and interconnect; None if unknown.
     """
 
     arguments: float
@@ -81,10 +81,10 @@ class Measured(NamedTuple):
 
 
 def find_target(name: str) -> Target:
-    """The devices that a topology's name means.
+    """Returns the devices that a topology's name stands for.
 
     Raises:
-        UserError: there is no such topology, or what compiles for it is missing.
+        UserError: there is no such topology, or its compiler or devices are missing.
     """
     kind, _, shape = name.partition(":")
     if kind in CHIPS:
@@ -105,14 +105,14 @@ def find_target(name: str) -> Target:
 def _tpu_devices(kind: str, shape: str) -> list[jax.Device]:
     if not importlib.util.find_spec("libtpu"):
         raise UserError(
-            "compiling for TPU needs the package libtpu, its compiler (Linux on x86-64): "
-            "pip install 'save_jax[compile]'"
+            "compiling for a TPU needs the package libtpu (Linux on x86-64). In a clone of the "
+            "repository: pip install -e '.[compile]'"
         )
     for key, value in LIBTPU.items():
         os.environ.setdefault(key, value)
     options: dict[str, Any] = {}
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # both cores as one device, as Cloud TPU has them
+        options["chip_config_name"] = "megacore"  # both cores as one device, as on Cloud TPU
     if re.fullmatch(r"1(x1)*", shape):
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -134,20 +134,22 @@ def _local_devices(kind: str, count: int) -> list[jax.Device]:
         devices = jax.devices(kind)
     except RuntimeError as error:
         raise UserError(
-            f"--topology={kind}:{count}: JAX sees no {kind} here, and its GPU compiler asks the "
-            "device itself. On a machine with a GPU: pip install 'save_jax[cuda]', and "
-            "--topology=here"
+            f"--topology={kind}:{count}: JAX finds no {kind} here, and its compiler for GPUs needs "
+            "one. On a machine with a GPU, in a clone of the repository: pip install -e '.[cuda]', "
+            "then --topology=here"
         ) from error
     if len(devices) < count:
-        raise UserError(f"--topology={kind}:{count}: JAX has only {len(devices)} such devices here")
+        raise UserError(
+            f"--topology={kind}:{count}: expected at most {len(devices)}, as many as JAX has here"
+        )
     return devices[:count]
 
 
-#### The programs of a run, with shapes in place of arrays.
+#### The programs of a run, with shapes instead of arrays.
 
 
 def batch_shapes(config: dict[str, Any], model: SAVEConfig, size: int, *, training: bool) -> Batch:
-    """A global batch as the data pipelines make it for this config, its shapes only."""
+    """Returns the shapes of a global batch of `size` clips for this config."""
     data = config["data"]
     frames, words, side = data["max_frames"], data["max_words"], model.clip.image_size
 
@@ -177,13 +179,13 @@ def trace_programs(
     *,
     training_only: bool = False,
 ) -> dict[str, jax.stages.Traced]:
-    """What `save_jax.main` compiles for this config on this mesh, by name, traced.
+    """Traces the programs that `save_jax.main` compiles for this config; returns them by name.
 
     Args:
         config: all of its values.
-        mesh: where arrays lie.
-        devices: what the programs are for.
-        training_only: leaves out evaluation's.
+        mesh: the mesh over which arrays are sharded.
+        devices: the devices on which the programs would run.
+        training_only: leaves out evaluation.
 
     Raises:
         UserError: the config does not fit the mesh, or contradicts itself.
@@ -191,18 +193,19 @@ def trace_programs(
     configuration.check_run(config)
     if config["cache"]["dir"]:
         raise UserError(
-            "config.cache.dir is set: what is compiled here computes everything; leave it empty"
+            "config.cache.dir is set, but only programs without a cache are compiled here: give "
+            "--config.cache.dir="
         )
     sharding.check_batch_sizes(config, mesh)
     model = configuration.model_config(config, devices)
     loss = configuration.loss_config(config)
-    # The number of steps is one constant of the program; without data there is no other.
+    # The number of steps is a constant of the program; without data, an epoch's is unknown.
     rates = configuration.optimizer_config(config, config["steps"] or 1)
     structure, state = train.abstract_state(model, rates, mesh)
     step = train.jit_train_step(
         train.make_train_step(structure, rates, loss, mesh, config["micro_batch"]), state
     )
-    # As `save_jax.main` does: else a TPU would multiply float32 in bfloat16.
+    # As in `save_jax.main`: otherwise a TPU would multiply float32 in bfloat16.
     with jax.default_matmul_precision(configuration.matmul_precision(config["dtype"])):
         batch = batch_shapes(config, model, config["batch_size"], training=True)
         programs = {"training step": step.trace(state, sharding.abstract_batch(batch, mesh))}
@@ -222,17 +225,17 @@ def trace_programs(
     return programs
 
 
-#### What they take.
+#### Their requirements.
 
 
 def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float) -> Measured:
-    """Compiles a program and reads what the compiler says of it.
+    """Compiles a program and reads its requirements from the compiler.
 
     Args:
         traced: the program.
-        target: what it is for.
-        dtype: of its matrix products.
-        flops: of the whole program, on all devices.
+        target: the devices to compile for.
+        dtype: dtype of its matrix products.
+        flops: floating-point operations of the whole program, on all devices.
     """
     devices = len(target.devices)
     lowered = traced.lower()
@@ -277,21 +280,24 @@ def measure(traced: jax.stages.Traced, target: Target, dtype: str, flops: float)
 
 
 def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
-    """A compiled program's text."""
+    """Returns a compiled program's text."""
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        # libtpu 0.0.52 cannot read back some of its programs for v6e. What it writes while it
-        # compiles says the same.
+        text = None
+    if text is None:
+        # libtpu 0.0.52 cannot print some of its programs for v6e. The text that it dumps while it
+        # compiles is the same.
         with tempfile.TemporaryDirectory(prefix="save_jax-compile-") as folder:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             lowered.compile(compiler_options=options)
             (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-            return path.read_text()
+            text = path.read_text()
+    return text
 
 
 def _out_of_memory(message: str) -> float:
-    """Bytes that the compiler would have needed; 0 if that is not what the message is about."""
+    """Returns the bytes that the compiler would have needed; 0 if the message is another one."""
     if "RESOURCE_EXHAUSTED" not in message:
         return 0.0
     used = re.search(
@@ -302,7 +308,7 @@ def _out_of_memory(message: str) -> float:
     if used:
         number, unit = used.groups()
         return float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[unit]
-    return math.inf  # of another memory, or in words that are new
+    return math.inf  # of another memory, or in an unknown wording
 
 
 def report(
@@ -312,7 +318,7 @@ def report(
     mesh = sharding.make_mesh(config["mesh"], target.devices)
     programs = trace_programs(config, mesh, target.devices, training_only=training_only)
     counted = programs
-    if target.platform == "gpu":  # a fused kernel does not show what it multiplies
+    if target.platform == "gpu":  # a fused kernel hides its matrix products
         plain = {**config, "model": {**config["model"], "attention": "xla"}}
         counted = trace_programs(plain, mesh, target.devices, training_only=training_only)
     return {

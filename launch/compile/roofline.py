@@ -1,14 +1,14 @@
-"""What a step must compute, what a chip can do, and the time that leaves at least.
+"""Counts a program's floating-point operations and bounds its time by a chip's figures.
 
 The compiler's own count (`cost_analysis`) takes a loop's body once, however often it runs. Here
-floating-point operations are counted on the jaxpr, where every scan says its length.
+floating-point operations are counted on the jaxpr, which has the length of every scan.
 """
 
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
+from jax.extend import core
 
 GIB = 2**30
 
@@ -17,12 +17,12 @@ class Chip(NamedTuple):
     """One accelerator chip's published figures.
 
     Attributes:
-        kind: what JAX calls it.
+        kind: JAX's `device_kind`.
         memory: bytes of HBM.
-        flops: dense bfloat16 operations a second, at best.
-        bandwidth: bytes a second between HBM and chip.
-        interconnect: bytes a second that a chip can receive from its neighbours over all its
-            links together: half of what is published as bidirectional.
+        flops: peak dense bfloat16 operations per second.
+        bandwidth: bytes per second between HBM and chip.
+        interconnect: bytes per second that a chip can receive from its neighbours over all its
+            links together: half of the published bidirectional figure.
         shapes: example topologies, for an error message.
     """
 
@@ -46,7 +46,7 @@ PASSES = {"bfloat16": 1, "float32": 6}
 
 
 class Roofline(NamedTuple):
-    """The least time a program can take, in seconds, by each of three limits alone."""
+    """The least time that a program can take, in seconds, by each of three limits alone."""
 
     compute: float
     memory: float
@@ -54,21 +54,21 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Which limit is the highest."""
+        """Returns the name of the highest limit."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
     @property
     def seconds(self) -> float:
-        """The estimate: the highest limit, as if the others were hidden behind it."""
+        """Returns the highest limit, as if the others overlapped with it completely."""
         return max(self)
 
 
 def roofline(chip: Chip, dtype: str, flops: float, hbm_bytes: float, wire_bytes: float) -> Roofline:
-    """Times of one chip's share of a program.
+    """Computes the limits for one chip's share of a program.
 
     Args:
-        chip: which chip.
-        dtype: what its matrix products are in.
+        chip: the chip's published figures.
+        dtype: dtype of the matrix products.
         flops: operations of matrix products.
         hbm_bytes: bytes read from and written to HBM.
         wire_bytes: bytes received from other chips.
@@ -81,10 +81,11 @@ def roofline(chip: Chip, dtype: str, flops: float, hbm_bytes: float, wire_bytes:
 
 
 def count_flops(jaxpr: Any) -> float:
-    """Floating-point operations of all matrix products and convolutions in a jaxpr.
+    """Counts the floating-point operations of all matrix products and convolutions in a jaxpr.
 
-    Two a multiply-add, on all devices together. A scan's body counts as often as it runs, of a
-    `cond` the dearest branch; a `while` says nothing of its length, and its body counts once.
+    A multiply-add counts as two; all devices are counted together. A scan's body counts as often as
+    it runs, and of a `cond` the most expensive branch. A `while` has no known length: its body
+    counts once.
 
     Args:
         jaxpr: open or closed, as `jax.make_jaxpr` or a traced function's `.jaxpr` gives.
@@ -108,7 +109,7 @@ def _flops(eqn: Any) -> float:
     if name == "cond":
         return max(count_flops(branch) for branch in params["branches"])
     inside = math.fsum(count_flops(jaxpr) for jaxpr in _jaxprs(params))
-    if name == "shard_map":  # its body is one device's part
+    if name == "shard_map":  # its body is one device's share
         return inside * math.prod(
             params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
         )
@@ -116,7 +117,7 @@ def _flops(eqn: Any) -> float:
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters, as jit, checkpoint, custom_vjp … have them."""
+    """Yields the jaxprs among an equation's parameters, such as those of jit and checkpoint."""
     for value in params.values():
-        if isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)):
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
             yield value

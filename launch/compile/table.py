@@ -1,4 +1,4 @@
-"""What a config's compiled programs take, in words and as JSON."""
+"""Formats the requirements of a config's compiled programs, as a table and as JSON."""
 
 import json
 import math
@@ -7,19 +7,21 @@ from typing import Any
 from launch.compile import hlo, roofline
 from launch.compile.program import Measured, Target
 from launch.compile.roofline import GIB
+from launch.sweep import points
 from save_jax import sharding
 
 
 def table(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
-    """Rows of quantities, a column a program; everything of one chip."""
+    """Formats one row per quantity and one column per program; all figures are per chip."""
     room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
     mesh = ", ".join(f"{name} {n}" for name, n in _mesh(config, target).items())
     lines = [
-        f"{target.name}: {len(target.devices)} devices ({target.devices[0].device_kind}; {mesh}), "
-        f"{config['dtype']}, {config['batch_size']} clips a training step, "
-        f"{config['eval_batch_size']} at once in evaluation",
+        f"{target.name}: {points.counted(len(target.devices), 'device')} "
+        f"({target.devices[0].device_kind}; {mesh}), {config['dtype']}, "
+        f"{points.counted(config['batch_size'], 'clip')} per training step, "
+        f"{config['eval_batch_size']} per evaluation batch",
         "",
-        f"{'each device':28}" + "".join(f"{name:>20}" for name in measured),
+        f"{'per device':28}" + "".join(f"{name:>20}" for name in measured),
     ]
 
     def row(label: str, text: Any) -> None:
@@ -28,10 +30,10 @@ def table(config: dict[str, Any], target: Target, measured: dict[str, Measured])
             lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells))
 
     row("memory, GiB: arguments", lambda m: number(m.arguments / GIB))
-    row("  output, not in their place", lambda m: number(m.output / GIB))
+    row("  output, not aliased", lambda m: number(m.output / GIB))
     row("  temporaries", lambda m: number(m.temporaries / GIB))
     row("  program", lambda m: number(m.code / GIB))
-    row(f"  together{room}", lambda m: number(m.needed / GIB) + ("" if m.fits else " NO"))
+    row(f"  total{room}", lambda m: number(m.needed / GIB) + ("" if m.fits else " NO"))
     row("matrix products, TFLOP", lambda m: number(m.flops / 1e12))
     row("HBM traffic, GB (estimate)", lambda m: number(m.hbm_bytes / 1e9))
     kinds = sorted({kind for m in measured.values() for kind in m.collectives})
@@ -50,7 +52,8 @@ def table(config: dict[str, Any], target: Target, measured: dict[str, Measured])
     row("compile time, s", lambda m: f"{m.seconds:.1f}")
     loops = sum(m.unknown_loops for m in measured.values())
     if loops:
-        lines.append(f"{loops} loops of unknown length are counted once")
+        verb = "is" if loops == 1 else "are"
+        lines.append(f"{points.counted(loops, 'loop')} of unknown length {verb} counted once")
     return "\n".join(lines)
 
 
@@ -60,7 +63,7 @@ HEAD += ("least step", "bound", "clips/s at most", "compiled in")
 
 
 def summary(config: dict[str, Any], target: Target, step: Measured) -> tuple[str, ...]:
-    """The training step's row in a table of topologies."""
+    """Formats the training step's row in a table of topologies."""
     room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
     limits = step.limits
     return (
@@ -78,7 +81,7 @@ def summary(config: dict[str, Any], target: Target, step: Measured) -> tuple[str
 
 
 def as_json(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
-    """The same numbers in one line; what is not known is null."""
+    """Formats the same numbers as one line of JSON; an unknown number is null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -109,7 +112,7 @@ def _mesh(config: dict[str, Any], target: Target) -> dict[str, int]:
 
 
 def number(value: float) -> str:
-    """Three digits, in plain notation where that is short."""
+    """Formats a number with three significant digits; "?" if it is not finite."""
     if not math.isfinite(value):
         return "?"
     if abs(value) < 1e-3:

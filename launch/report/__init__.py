@@ -1,1 +1,1 @@
-"""Reads finished and running runs, and shows them in a table."""
+"""Reads finished and unfinished runs, and shows them in a table."""

@@ -1,10 +1,14 @@
-"""One table, and a plot, of all runs below a directory.
+"""Shows all runs below a directory in one table, and in a plot.
 
 python -m launch.report DIR [--metric=SumR] [--csv=FILE] [--plot=FILE [--x=KEY]]
 
-A row is a run: its name, the config keys in which the runs differ, the step and the text→video
-metrics of its last evaluation, and its state; the best by --metric is first. --metric may also be
-of the other direction or of a query group: v2t/SumR, speech/R1.
+Each row is a run: its name, the config keys in which the runs differ, its step, the text→video
+metrics of its last evaluation, and its state. The best run by --metric is first. Add a direction or
+a query group to the metric's name to order by another one: v2t/SumR, speech/R1.
+
+States: "complete"; "running"; "stopped" (the same command resumes it); "failed"; "waiting" (a point
+of a sweep that was not started yet). Where a run's process cannot be checked, because it is on
+another machine or the run is in a bucket, a note on stderr says what is assumed and why.
 """
 
 import argparse
@@ -16,18 +20,19 @@ import sys
 from typing import Any
 
 from launch.report import runs
-from save_jax.errors import UserError, exit_codes
+from save_jax import files
+from save_jax.errors import EXIT_CODES, UserError, exit_codes
 from save_jax.recorded import flatten
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
-RANKS = ("MdR", "MnR")  # of these, less is better
+RANKS = ("MdR", "MnR")  # for these, lower is better
 # Keys that say where or how a run works, not what it computes.
 PLACES = ("data.dir", "cache.dir", "mode", "log_every", "checkpoint_every")
 ABSENT = "-"
 
 
 def metric(run: runs.Run, name: str) -> float | None:
-    """A metric of a run's last evaluation: SumR, v2t/SumR, or GROUP/R1; None if it has none."""
+    """Returns a metric of a run's last evaluation, such as SumR, v2t/SumR or GROUP/R1, or None."""
     if run.evaluation is None:
         return None
     *where, key = name.split("/")
@@ -42,7 +47,7 @@ def metric(run: runs.Run, name: str) -> float | None:
 
 
 def differing(found: list[runs.Run]) -> list[str]:
-    """Config keys in which the runs differ, in the configs' order."""
+    """Returns the config keys in which the runs differ, in the configs' order."""
     flat = [flatten(run.config) for run in found if run.config]
     keys = dict.fromkeys(key for config in flat for key in config)
     return [
@@ -53,10 +58,10 @@ def differing(found: list[runs.Run]) -> list[str]:
 
 
 def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
-    """The best first; runs without the metric last.
+    """Sorts runs by a metric, the best first; runs without it come last.
 
     Raises:
-        UserError: runs are evaluated, but none has such a metric.
+        UserError: some runs are evaluated, but none has such a metric.
     """
     values = [metric(run, name) for run in found]
     if all(value is None for value in values) and any(run.evaluation for run in found):
@@ -64,8 +69,8 @@ def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
             group for run in found if run.evaluation for group in run.evaluation.get("groups", {})
         )
         raise UserError(
-            f"--metric={name}: no run has it. Expected one of {', '.join(METRICS)}, or with a "
-            f"place before it: {', '.join(f'{place}/R1' for place in ('v2t', *groups))}"
+            f"--metric={name}: no run has it. Expected one of {', '.join(METRICS)}, alone or with "
+            f"a direction or query group: {', '.join(f'{of}/R1' for of in ('v2t', *groups))}"
         )
     sign = 1 if name.split("/")[-1] in RANKS else -1
 
@@ -77,8 +82,8 @@ def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
     return [run for run, _ in sorted(zip(found, values, strict=True), key=key)]
 
 
-def table(found: list[runs.Run], directory: pathlib.Path, name: str) -> list[dict[str, Any]]:
-    """One dictionary a run, with the same columns each; None where there is no value."""
+def table(found: list[runs.Run], directory: files.Path, name: str) -> list[dict[str, Any]]:
+    """Returns one dictionary per run, all with the same columns; None where there is no value."""
     keys = differing(found)
     names = METRICS if name in METRICS else (name, *METRICS)
     rows = []
@@ -96,14 +101,14 @@ def table(found: list[runs.Run], directory: pathlib.Path, name: str) -> list[dic
     return rows
 
 
-def run_name(run: runs.Run, directory: pathlib.Path) -> str:
-    """A run's path below the directory that is reported."""
+def run_name(run: runs.Run, directory: files.Path) -> str:
+    """Returns a run's path below the directory that is reported."""
     below = str(run.workdir).removeprefix(str(directory)).lstrip("/")
     return below or run.workdir.name
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """The table for a terminal; numbers to the right."""
+    """Formats the table for a terminal, with numbers aligned to the right."""
     columns = list(rows[0])
     cells = [[_cell(row[column], column) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -121,7 +126,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 
 
 def write_csv(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """The same table with all digits."""
+    """Writes the same table as CSV, with all digits."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -129,29 +134,32 @@ def write_csv(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def plot(found: list[runs.Run], name: str, key: str, path: pathlib.Path) -> None:
-    """Draws a metric against a config key: a dot a run, a line through the means of the seeds.
+    """Draws a metric against a config key: one dot per run, a line through the means of the seeds.
 
-    Runs that differ in other keys than `key` and `seed` get lines of their own.
+    Runs that also differ in keys other than `key` and `seed` are drawn as separate lines.
 
     Args:
         found: the runs; those without the metric are left out.
         name: the metric.
-        key: the swept key; "" for the only one there is.
-        path: where to; its ending says the format.
+        key: the swept key; "" for the only key in which the runs differ.
+        path: the file to write; its suffix gives the format.
 
     Raises:
-        UserError: matplotlib is absent, or there is nothing to draw.
+        UserError: matplotlib is not installed, or there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'save_jax[plot]'") from error
+        raise UserError(
+            "--plot needs matplotlib. In a clone of the repository: pip install -e '.[plot]'"
+        ) from error
     keys = differing(found)
     if not key:
         swept = [k for k in keys if k != "seed"]
         if len(swept) != 1:
             raise UserError(
-                f"--plot needs --x=KEY: the runs differ in {', '.join(swept) or 'no key'}"
+                f"--plot needs --x=KEY, a config key, because the runs differ in "
+                f"{', '.join(swept) or 'none'}"
             )
         key = swept[0]
     others = [k for k in keys if k not in (key, "seed")]
@@ -167,7 +175,7 @@ def plot(found: list[runs.Run], name: str, key: str, path: pathlib.Path) -> None
 
     at = {x for line in lines.values() for x in line}
     numeric = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in at)
-    # Without numbers, values stand side by side in the order of their names.
+    # Values that are not numbers are placed side by side, in the order of their names.
     position = {
         x: x if numeric else i for i, x in enumerate(sorted(at, key=None if numeric else str))
     }
@@ -200,12 +208,12 @@ def plot(found: list[runs.Run], name: str, key: str, path: pathlib.Path) -> None
         axes.legend(fontsize="small")
     try:
         figure.savefig(path, dpi=150)
-    except ValueError as error:  # an ending that names no format
+    except ValueError as error:  # a suffix that names no format
         raise UserError(f"--plot={path}: {error}") from error
 
 
 def is_logarithmic(values: set[float]) -> bool:
-    """Whether values span a decade or more, so that a linear axis would huddle most of them."""
+    """Returns whether values span a decade or more, too much for a linear axis."""
     return min(values) > 0 and max(values) >= 10 * min(values)
 
 
@@ -219,22 +227,42 @@ def _cell(value: Any, column: str) -> str:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.report",
         description=__doc__,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=pathlib.Path)
-    parser.add_argument("--metric", default="SumR")
-    parser.add_argument("--csv", type=pathlib.Path, help="writes the table there too")
-    parser.add_argument("--plot", type=pathlib.Path, help="draws --metric against --x there")
-    parser.add_argument("--x", default="", help="a config key: optimizer.new")
+    parser.add_argument("directory", metavar="DIR", help="a run, a sweep, or a directory of them")
+    parser.add_argument(
+        "--metric",
+        default="SumR",
+        help=f"{', '.join(METRICS)}, v2t/METRIC or GROUP/METRIC (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--csv", type=pathlib.Path, metavar="FILE", help="also write the table here"
+    )
+    parser.add_argument(
+        "--plot", type=pathlib.Path, metavar="FILE", help="plot --metric against --x: x.png, x.svg"
+    )
+    parser.add_argument(
+        "--x",
+        default="",
+        metavar="KEY",
+        help="a config key, such as optimizer.new (default: the only key in which the runs differ)",
+    )
     options = parser.parse_args(argv)
     try:
-        found = ordered(runs.find(options.directory), options.metric)
-        rows = table(found, options.directory, options.metric)
+        directory = files.path(options.directory)
+        found = ordered(runs.find(directory), options.metric)
+        rows = table(found, directory, options.metric)
         print(as_text(rows))
-        evaluations = {run_name(run, options.directory): run.evaluation for run in found}
+        for run in found:
+            if run.assumed:
+                said = f"{run_name(run, directory)} is assumed to be {run.state}: {run.assumed}"
+                print(f"note: {said}", file=sys.stderr)
+        evaluations = {run_name(run, directory): run.evaluation for run in found}
         problems = [problem for run in found for problem in run.problems]
         for problem in problems + runs.incomparable(evaluations):
             print(f"warning: {problem}", file=sys.stderr)

@@ -1,8 +1,11 @@
-"""What a run's directory says about it: its config, its last evaluation, how far it has come."""
+"""Reads a run's directory: its config, its last evaluation, its progress and its state."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,12 +14,15 @@ from etils import epath
 
 from save_jax import files, locks
 from save_jax.errors import UserError
+from save_jax.progress import duration
 from save_jax.recorded import flatten
 
-EXIT_FILE = "exit.json"  # {"code": of save_jax.main}, left by whoever launched the run
-LOCK_FILE = "launch.lock"  # locked by a run that was launched here, for as long as it lives
-QUIET_AFTER = 15 * 60  # seconds without a line, after which a run counts as stopped
-# Of an evaluation's protocol: what has to be equal for two results to be answers to one question.
+EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written by the run's launcher
+LOCK_FILE = "launch.lock"  # locked by a run of a local sweep for as long as its process lives
+# Where nobody can tell whether a run's process lives: seconds without a line, after which the run
+# is assumed to have stopped.
+QUIET_AFTER = 15 * 60
+# The keys of an evaluation's protocol that must be equal for two results to be comparable.
 QUESTION = ("data.dataset", "data.variant", "split", "captions", "videos", "videos_with_captions")
 QUESTION += ("ties", "v2t", "dtype")
 SHOWN = 3  # names of runs in a warning
@@ -27,12 +33,13 @@ class Run(NamedTuple):
 
     Attributes:
         workdir: its directory.
-        config: what it was started with; empty if that is not there (yet).
+        config: its config.json; empty if there is none (yet).
         evaluation: metrics.json of its last evaluation; None before the first.
-        step: updates done, by the last line or evaluation.
-        fraction: of its steps that are done, 0 to 1.
-        state: "complete", "running", "failed", "stopped" (the same command goes on) or "waiting".
+        step: updates done, by the last line of metrics.jsonl or the last evaluation.
+        fraction: the fraction of its steps that are done, 0 to 1.
+        state: "complete", "running", "failed", "stopped" (the same command resumes) or "waiting".
         problems: files that cannot be read, and why.
+        assumed: why the state is only assumed; empty if it is known.
     """
 
     workdir: epath.Path
@@ -42,13 +49,14 @@ class Run(NamedTuple):
     fraction: float
     state: str
     problems: tuple[str, ...]
+    assumed: str = ""
 
 
 def read(workdir: epath.PathLike) -> Run:
-    """Reads what there is; a file that is broken is named, and counts as absent.
+    """Reads a run's directory; a broken file is named in `problems` and counts as absent.
 
     A run is complete when the last step of its schedule is evaluated and its checkpoint is
-    written. Where all checkpoints were removed since, to save space, the evaluation suffices.
+    written. Where all checkpoints were removed later to save space, the evaluation suffices.
     """
     workdir = epath.Path(workdir)
     problems: list[str] = []
@@ -60,52 +68,57 @@ def read(workdir: epath.PathLike) -> Run:
     if total:
         fraction = min(step / total, 1.0)
     if total and evaluated >= total and _checkpoint_kept(workdir, evaluated):
-        state, fraction = "complete", 1.0
+        state, fraction, assumed = "complete", 1.0, ""
     else:
-        state = _unfinished(workdir, problems)
-    return Run(workdir, config, evaluation, max(step, evaluated), fraction, state, tuple(problems))
+        state, assumed = _unfinished(workdir, problems)
+    step = max(step, evaluated)
+    return Run(workdir, config, evaluation, step, fraction, state, tuple(problems), assumed)
 
 
 def find(directory: epath.PathLike) -> list[Run]:
-    """Every run in or below a directory, and every point of its sweeps that was not started yet.
+    """Finds every run in or below a directory, and the points of its sweeps not started yet.
 
     Raises:
-        UserError: there is no such directory, or no run below it.
+        UserError: there is no such directory, or no run in or below it.
     """
     directory = epath.Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: expected one with runs below it")
+        raise UserError(
+            f"{directory} is not a directory: expected a run's --workdir, or a directory of runs"
+        )
     runs = [read(workdir) for workdir in _workdirs(directory)]
     if not runs:
         raise UserError(
-            f"no run below {directory}: expected directories with config.json and metrics.jsonl, "
-            "as `python -m save_jax.main --workdir=DIR` makes them, or a sweep's sweep.json"
+            f"no run in or below {directory}: expected directories with config.json and "
+            "metrics.jsonl, as `python -m save_jax.main --workdir=DIR` writes them, or a sweep's "
+            "sweep.json"
         )
     return runs
 
 
 def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
-    """The metrics of a run's last evaluation.
+    """Returns the metrics of a run's last evaluation.
 
     Raises:
-        UserError: the run has none, or it cannot be read.
+        UserError: the run has no evaluation, or it cannot be read.
     """
     problems: list[str] = []
     _, evaluation = _last_evaluation(epath.Path(workdir), problems)
     if evaluation is None:
         raise UserError(
             "; ".join(problems)
-            or f"{workdir} holds no evaluation/STEP/metrics.json: train or evaluate there first"
+            or f"{workdir} holds no evaluation/STEP/metrics.json: expected the --workdir of a run "
+            "that has evaluated (python -m save_jax.main)"
         )
     return evaluation
 
 
 def incomparable(evaluations: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """In words: in what the protocols of evaluations differ that are shown side by side.
+    """Returns one sentence for each way in which the protocols of evaluations differ.
 
     Args:
-        evaluations: metrics.json of each run, by the name that it is shown by; None without one.
-            What a file does not say counts as equal.
+        evaluations: the name under which each run is shown -> its metrics.json; None without one.
+            A key that a file lacks counts as equal.
     """
     protocols = {
         name: flatten(evaluation.get("protocol", {}))
@@ -129,12 +142,12 @@ def incomparable(evaluations: Mapping[str, Mapping[str, Any] | None]) -> list[st
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
+    """Writes a JSON file atomically."""
     files.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
 
 
 def lock(workdir: epath.PathLike) -> int | None:
-    """Takes a local run's lock; None when another process has it.
+    """Takes a local run's lock and returns its descriptor; None when another process has it.
 
     A child process that inherits the descriptor keeps the lock, even when its parent dies.
     """
@@ -142,7 +155,7 @@ def lock(workdir: epath.PathLike) -> int | None:
 
 
 def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:
-    """Directories of runs, without looking into those; names decide the order."""
+    """Yields the directories of runs, sorted by name, without looking inside them."""
     if any((directory / name).exists() for name in ("metrics.jsonl", "evaluation", EXIT_FILE)):
         yield directory
         return
@@ -151,14 +164,14 @@ def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:
     for name in _object(directory / "sweep.json", problems).get("points", {}):
         path = below.pop(name, directory / name)
         found = list(_workdirs(path)) if path.is_dir() else []
-        yield from found or [path]  # a point without results is a run that waits
+        yield from found or [path]  # a point without results is a run in state "waiting"
     for name in sorted(below):
         if not name.startswith("."):
             yield from _workdirs(below[name])
 
 
 def _object(path: epath.Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object, or {} when there is none to be read."""
+    """Reads a JSON object; returns {} when there is none, or none that can be read."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -173,7 +186,7 @@ def _object(path: epath.Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _last_line(path: epath.Path, problems: list[str]) -> dict[str, Any]:
-    """The last training line of metrics.jsonl; lines cut off while being written do not count."""
+    """Reads the last training line of metrics.jsonl, ignoring lines that were cut off."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
@@ -194,7 +207,7 @@ def _last_line(path: epath.Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _last_evaluation(workdir: epath.Path, problems: list[str]) -> tuple[int, dict[str, Any] | None]:
-    """Step and metrics of the last evaluation that can be read; (0, None) without one."""
+    """Returns step and metrics of the last evaluation that can be read; (0, None) without one."""
     folder = workdir / "evaluation"
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
     for step in sorted(steps, reverse=True):
@@ -208,7 +221,7 @@ def _last_evaluation(workdir: epath.Path, problems: list[str]) -> tuple[int, dic
 
 
 def _total_steps(config: dict[str, Any], last: dict[str, Any]) -> int:
-    """Length of the schedule; 0 if it is not known yet."""
+    """Returns the number of steps of the schedule; 0 if it is not known yet."""
     if config.get("steps"):
         return int(config["steps"])
     if config.get("epochs") and last.get("epoch"):
@@ -227,17 +240,51 @@ def _checkpoint_kept(workdir: epath.Path, step: int) -> bool:
     return (folder / str(step)).exists() and checkpoint.is_complete(folder / str(step))
 
 
-def _unfinished(workdir: epath.Path, problems: list[str]) -> str:
+def _unfinished(workdir: epath.Path, problems: list[str]) -> tuple[str, str]:
+    """Returns the state of a run that is not complete, and why it is only assumed ("": known)."""
     if not workdir.is_dir():
-        return "waiting"
+        return "waiting", ""
+    held, holder = _held(workdir)
+    if held:
+        return "running", ""
     code = _object(workdir / EXIT_FILE, problems).get("code")
     if code is not None:
-        return "stopped" if code in (0, os.EX_TEMPFAIL) else "failed"
-    changed = [
-        (workdir / name).stat().mtime
-        for name in ("metrics.jsonl", "log.txt", "config.json")
-        if (workdir / name).exists()
-    ]
+        return "stopped" if code in (0, os.EX_TEMPFAIL) else "failed", ""
+    changes = []
+    for name in ("metrics.jsonl", "log.txt", "config.json", locks.LOCK):
+        with contextlib.suppress(FileNotFoundError):
+            changes.append((workdir / name).stat().mtime)
+    if held is False:
+        return "stopped" if changes else "waiting", ""
+    changed = max(changes, default=0)
+    cannot = f"{holder} cannot be checked from here, and "
     if not changed:
-        return "waiting"
-    return "running" if time.time() - max(changed) < QUIET_AFTER else "stopped"
+        return "running", f"{cannot}the store does not say when the run's files changed"
+    quiet = max(time.time() - changed, 0)
+    return (
+        "running" if quiet < QUIET_AFTER else "stopped",
+        f"{cannot}the run's files last changed {duration(quiet)} ago",
+    )
+
+
+def _held(workdir: epath.Path) -> tuple[bool | None, str]:
+    """Returns whether a process holds a run's directory, None if that is unknown, and which one."""
+    lock = workdir / locks.LOCK  # a run has it from its first write to its end
+    if files.is_remote(workdir):
+        if not lock.exists():
+            return False, ""
+        holder = _object(lock, []).get("holder", "")
+    else:
+        locked = locks.is_locked(lock)
+        if locked or locks.is_locked(workdir / LOCK_FILE):
+            return True, ""
+        try:
+            holder = lock.read_bytes().decode(errors="replace")
+        except FileNotFoundError:
+            return False, ""
+        except OSError:  # no permission
+            holder = ""
+        host = re.search(r" on (\S+), since ", holder)
+        if locked is False and (host is None or host[1] == socket.gethostname()):
+            return False, ""
+    return None, f"{holder}," if holder else "the process that holds it"

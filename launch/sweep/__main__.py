@@ -3,12 +3,10 @@
 python -m launch.sweep --config=configs/NAME.py --workdir=DIR --backend=local|slurm|gke|xpk
     [--dry_run] [--config.KEY=VALUE ...] [flags of the backend: --help]
 
-The config file defines `sweep()`, which yields one dictionary of overrides a point, say
-{"optimizer.new": 3e-4, "seed": 1}. Each point trains in DIR/NAME, NAME made of its overrides.
-Stopped and started again, it runs what is missing: half-done points go on from their checkpoint.
-
-Exit codes: 0 complete (or handed to the cluster), 1 a point failed, 2 a mistake of the user,
-75 stopped before the end.
+The config file defines `sweep()`, which yields one dictionary of overrides per point, such as
+{"optimizer.new": 3e-4, "seed": 1}. Each point trains in DIR/NAME; NAME is made from its overrides.
+Run the same command again after an interruption: it runs the points that are not complete, and
+points with a checkpoint resume from it.
 """
 
 import argparse
@@ -23,16 +21,30 @@ BACKENDS = {"local": local.run, "slurm": slurm.run, "gke": gke.run, "xpk": gke.r
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, which --help explains."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.sweep",
         description=__doc__,
+        epilog="exit codes: 0 every point is complete, or was handed to the cluster; 2 a mistake "
+        "in what you gave;\n75 interrupted before the end: run the same command again; 1 a point "
+        "failed or was not\naccepted, or a fault of the program",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a config file that defines sweep()")
-    parser.add_argument("--workdir", required=True, help="each point trains in a directory below")
-    parser.add_argument("--backend", choices=BACKENDS, default="local")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print exactly what would run; start nothing"
+        "--config", required=True, metavar="FILE", help="a config file that defines sweep()"
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="each point trains in DIR/NAME"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="local",
+        help="where the points run: this machine, SLURM, Kubernetes, or Kubernetes through xpk "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print what would run, and start nothing"
     )
     for backend in (local, slurm, gke):
         backend.add_flags(parser)
@@ -40,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     for argument in base:
         if not re.fullmatch(r"--config\.[^=]+=.*", argument, re.DOTALL):
             raise UserError(
-                f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag that "
-                "--help shows"
+                f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag listed by "
+                "--help"
             )
     sweep = points.load(options.config, options.workdir, base)
     return BACKENDS[options.backend](sweep, options)

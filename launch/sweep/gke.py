@@ -1,7 +1,7 @@
-"""A sweep on Google Kubernetes Engine: one JobSet a point, or the same through `xpk`.
+"""Runs a sweep on Google Kubernetes Engine: one JobSet per point, or the same through `xpk`.
 
-Every host of a TPU slice, or every GPU node, runs one pod; if one fails or is preempted, all are
-made anew and go on from the last checkpoint. A mistake of the user (exit code 2) is final.
+Every host of a TPU slice, or every GPU node, runs one pod. If one fails or is preempted, all are
+recreated and resume from the last checkpoint. A mistake of the user (exit code 2) is final.
 """
 
 import argparse
@@ -18,46 +18,54 @@ import yaml
 from launch.sweep import points
 from save_jax.errors import UserError
 
-PORT = 8476  # of the coordinator; any that is free in the pods
-# Accelerator -> the most chips of a slice that has one host only (of more, each has four).
+PORT = 8476  # of the coordinator; any port that is free in the pods
+# Accelerator -> the most chips of a slice with one host; hosts of larger slices have four each.
 ONE_HOST_CHIPS = {
     "tpu-v4-podslice": 4,
     "tpu-v5-lite-podslice": 8,
     "tpu-v5p-slice": 4,
     "tpu-v6e-slice": 8,
 }
-KEEP_FINISHED = 3600  # seconds; then the point may be started again
+KEEP_FINISHED = 3600  # seconds until Kubernetes deletes a finished JobSet, which frees its name
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("gke, xpk")
-    group.add_argument("--image", default="", help="container image: see launch/container.sh")
-    group.add_argument("--accelerator", default="", help="tpu-v5-lite-podslice, nvidia-l4, ...")
-    group.add_argument("--topology", default="", help="of the TPU slice of one point: 4x4")
-    group.add_argument("--gpus", type=int, default=0, help="of a pod, for GPUs; --nodes pods")
-    group.add_argument("--spot", action="store_true", help="spot capacity")
-    group.add_argument("--namespace", default="default")
-    group.add_argument(
-        "--claim", default="", help="CLAIM:/PATH mounts a PersistentVolumeClaim, for --workdir"
+    """Adds the flags of --backend=gke and --backend=xpk."""
+    group = parser.add_argument_group("--backend=gke, --backend=xpk")
+
+    def add(name: str, metavar: str, text: str, default: str | int = "") -> None:
+        group.add_argument(name, type=type(default), default=default, metavar=metavar, help=text)
+
+    add("--image", "NAME", "container image, built by launch/container.sh")
+    add("--accelerator", "TYPE", "gke: tpu-v5-lite-podslice, nvidia-l4, ...")
+    add("--topology", "4x4", "gke: topology of the TPU slice of one point")
+    add("--gpus", "N", "gke: GPUs per pod, with --nodes pods per point (default: 0, a TPU)", 0)
+    group.add_argument("--spot", action="store_true", help="gke: use spot capacity")
+    add("--namespace", "NAME", "gke: Kubernetes namespace (default: %(default)s)", "default")
+    add("--claim", "CLAIM:/PATH", "gke: a PersistentVolumeClaim for --workdir, mounted at /PATH")
+    add("--max_restarts", "N", "after failures or preemptions (default: %(default)s)", 20)
+    add(
+        "--manifests",
+        "DIR",
+        "gke: local directory for the YAML (default: %(default)s)",
+        "manifests",
     )
-    group.add_argument("--max_restarts", type=int, default=20, help="after failures, preemptions")
-    group.add_argument("--manifests", default="manifests", help="local directory for the YAML")
-    group.add_argument("--cluster", default="", help="xpk: name of the cluster")
-    group.add_argument("--zone", default="", help="xpk: its zone")
-    group.add_argument("--tpu_type", default="", help="xpk: v5litepod-16, ...")
-    group.add_argument("--device_type", default="", help="xpk: h100-80gb-8, ... instead of a TPU")
+    add("--cluster", "NAME", "xpk: name of the cluster")
+    add("--zone", "ZONE", "xpk: zone of the cluster")
+    add("--tpu_type", "TYPE", "xpk: v5litepod-16, ...")
+    add("--device_type", "TYPE", "xpk: h100-80gb-8, ... instead of --tpu_type")
 
 
 def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
-    """Applies a manifest for what is missing; returns the exit code of `launch.sweep`.
+    """Applies a manifest per point that is not complete; returns the exit code of `launch.sweep`.
 
     Raises:
-        UserError: a flag is missing or wrong, or kubectl is absent.
+        UserError: a flag is missing or wrong, or kubectl is not installed.
     """
     check_paths(sweep, options)
     manifests = {name: jobset(sweep, name, options) for name in sweep.points}
     names = _missing(sweep, options)
-    print(points.headline(sweep, names, "one JobSet each"), flush=True)
+    print(points.headline(sweep, names, "one JobSet per point"), flush=True)
     folder = pathlib.Path(options.manifests)
     files = {name: folder / f"{job_name(sweep, name)}.yaml" for name in names}
     commands = {name: ["kubectl", "apply", f"--filename={files[name]}"] for name in names}
@@ -75,15 +83,15 @@ def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
 
 
 def run_xpk(sweep: points.Sweep, options: argparse.Namespace) -> int:
-    """Creates an xpk workload for what is missing; returns the exit code of `launch.sweep`.
+    """Creates a workload per point that is not complete; returns the exit code of `launch.sweep`.
 
     Raises:
-        UserError: a flag is missing or wrong, or xpk is absent.
+        UserError: a flag is missing or wrong, or xpk is not installed.
     """
     check_paths(sweep, options)
     commands = {name: xpk(sweep, name, options) for name in sweep.points}
     names = _missing(sweep, options)
-    print(points.headline(sweep, names, "one xpk workload each"), flush=True)
+    print(points.headline(sweep, names, "one xpk workload per point"), flush=True)
     if options.dry_run:
         for name in names:
             print(shlex.join(commands[name]))
@@ -94,14 +102,14 @@ def run_xpk(sweep: points.Sweep, options: argparse.Namespace) -> int:
 
 
 def job_name(sweep: points.Sweep, name: str) -> str:
-    """A name that Kubernetes and xpk (under 40 signs) take; the same for the same point."""
+    """Returns a point's job name, valid for Kubernetes and xpk (under 40 characters)."""
     digest = hashlib.sha256(f"{sweep.workdir}/{name}".encode()).hexdigest()[:6]
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32].strip("-")
     return f"{readable}-{digest}"
 
 
 def hosts(accelerator: str, topology: str) -> tuple[int, int]:
-    """(pods, chips a pod) of a TPU slice.
+    """Returns (pods, chips per pod) of a TPU slice.
 
     Raises:
         UserError: the accelerator or the topology is unknown.
@@ -119,12 +127,15 @@ def hosts(accelerator: str, topology: str) -> tuple[int, int]:
     if chips <= ONE_HOST_CHIPS[accelerator]:
         return 1, chips
     if chips % 4:
-        raise UserError(f"--topology={topology}: {chips} chips are not whole hosts of 4")
+        raise UserError(
+            f"--topology={topology}: {chips} chips are not whole hosts of 4, of which larger "
+            "slices consist"
+        )
     return chips // 4, 4
 
 
 def jobset(sweep: points.Sweep, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest of a point.
+    """Returns a point's manifest.
 
     Raises:
         UserError: a flag is missing or wrong.
@@ -140,7 +151,7 @@ def jobset(sweep: points.Sweep, name: str, options: argparse.Namespace) -> dict[
         if options.accelerator:
             selector["cloud.google.com/gke-accelerator"] = options.accelerator
         if pods > 1:
-            # By name rather than by asking Kubernetes, which pods may do with a role only.
+            # By name, because asking Kubernetes would need a role for the pods.
             index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
             environment.append(
                 {"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}}
@@ -186,7 +197,7 @@ def jobset(sweep: points.Sweep, name: str, options: argparse.Namespace) -> dict[
             "namespace": options.namespace,
             "annotations": {
                 "save-jax/point": name,
-                # One slice, one JobSet: pods of two points never share a slice.
+                # Each JobSet has a slice to itself: pods of two points never share one.
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
             }
             if resource == "google.com/tpu"
@@ -235,19 +246,19 @@ def jobset(sweep: points.Sweep, name: str, options: argparse.Namespace) -> dict[
 
 
 def xpk(sweep: points.Sweep, name: str, options: argparse.Namespace) -> list[str]:
-    """The command that creates a point's workload.
+    """Returns the command that creates a point's workload.
 
     Raises:
-        UserError: a flag is missing.
+        UserError: a flag is missing, or does not apply to xpk.
     """
     for flag in ("image", "cluster", "zone"):
         if not getattr(options, flag):
             raise UserError(f"--backend=xpk needs --{flag}")
     if bool(options.tpu_type) == bool(options.device_type):
-        raise UserError("--backend=xpk needs one of --tpu_type and --device_type")
+        raise UserError("--backend=xpk needs one of --tpu_type and --device_type, and not both")
     if options.claim:
         raise UserError(
-            "--claim is for --backend=gke: attach storage to the cluster by `xpk storage`"
+            "--claim is for --backend=gke: with xpk, attach storage to the cluster by `xpk storage`"
         )
     kind = (
         f"--tpu-type={options.tpu_type}"
@@ -270,7 +281,11 @@ def xpk(sweep: points.Sweep, name: str, options: argparse.Namespace) -> list[str
 
 
 def check_paths(sweep: points.Sweep, options: argparse.Namespace) -> None:
-    """Raises UserError where a pod would not find the config, or lose what it wrote."""
+    """Checks that pods find the config and keep the files that they write.
+
+    Raises:
+        UserError: they would not.
+    """
     if pathlib.PurePath(sweep.config).is_absolute():
         raise UserError(
             f"--config={sweep.config}: pods look for it below the image's working directory; give "
@@ -282,22 +297,22 @@ def check_paths(sweep: points.Sweep, options: argparse.Namespace) -> None:
     ):
         return
     raise UserError(
-        f"--workdir={sweep.workdir} is not where pods keep files: expected gs://BUCKET/... or a "
-        "path below the mount of --claim=CLAIM:/PATH"
+        f"--workdir={sweep.workdir} would be lost with the pods: expected gs://BUCKET/... or a "
+        "path below /PATH of --claim=CLAIM:/PATH"
     )
 
 
 def _claim(value: str) -> tuple[str, str]:
     claim, _, path = value.partition(":")
     if not claim or not path.startswith("/"):
-        raise UserError(f"--claim={value}: expected CLAIM:/PATH")
+        raise UserError(f"--claim={value}: expected CLAIM:/PATH, such as filestore:/runs")
     return claim, path
 
 
 def _missing(sweep: points.Sweep, options: argparse.Namespace) -> list[str]:
-    """What is not complete; all of it where the pods' files cannot be seen from here.
+    """Returns the points that are not complete; all where the pods' files cannot be read from here.
 
-    Starting a complete point again is harmless: it sees that it is, and ends.
+    Starting a complete point again is harmless: it notices and ends.
     """
     if options.claim:
         return list(sweep.points)
@@ -306,8 +321,11 @@ def _missing(sweep: points.Sweep, options: argparse.Namespace) -> list[str]:
     except Exception as error:
         # Which one depends on the file system behind the address: credentials, network, package.
         if not options.dry_run:
-            raise UserError(f"cannot look into {sweep.workdir}: {error}") from error
-        print(f"# cannot look into {sweep.workdir}, so all points are shown: {error}")
+            raise UserError(
+                f"{sweep.workdir} cannot be read: {error}. Are its name, the network and this "
+                "machine's credentials right?"
+            ) from error
+        print(f"# {sweep.workdir} cannot be read, so all points are shown: {error}")
         return list(sweep.points)
 
 
@@ -318,11 +336,11 @@ def _record(sweep: points.Sweep, options: argparse.Namespace) -> None:
 
 def _require(program: str) -> None:
     if not shutil.which(program):
-        raise UserError(f"{program} is not installed, or not on PATH")
+        raise UserError(f"{program} was not found: install it, or add its directory to PATH")
 
 
 def _run_each(commands: dict[str, list[str]]) -> int:
-    """Runs each; one that fails is named and does not stop the others."""
+    """Runs each command; one that fails is named and does not stop the others."""
     failed = [name for name, command in commands.items() if subprocess.run(command).returncode]
     for name in failed:
         print(f"  not started: {name}")

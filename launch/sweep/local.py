@@ -1,4 +1,4 @@
-"""A sweep on this machine: so many points at a time, each on its own devices."""
+"""Runs a sweep on this machine: several points at a time, each on its own devices."""
 
 import argparse
 import os
@@ -17,18 +17,18 @@ from save_jax.errors import UserError
 from save_jax.progress import duration
 
 POLL = 0.2  # seconds
-REPORT_EVERY = 30.0  # seconds between lines while nothing ends
-# A process that sees only some of a TPU host's chips must also be told how they are arranged.
+REPORT_EVERY = 30.0  # seconds between progress lines while no point ends
+# A process that sees only some chips of a TPU host must also be told how they are arranged.
 CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 
 
 class Slot(NamedTuple):
-    """Where a point may run; `devices` are indices, none for whatever JAX finds."""
+    """The devices of one job, as indices; none for all that JAX finds."""
 
     devices: tuple[str, ...]
 
     def environment(self) -> dict[str, str]:
-        """Variables that show a process its own devices only."""
+        """Returns the environment variables that show a process its own devices only."""
         if not self.devices:
             return {}
         listed = ",".join(self.devices)
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A point that runs."""
+    """A running point."""
 
     process: subprocess.Popen
     slot: Slot
@@ -50,23 +50,29 @@ class Child(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("local")
+    """Adds the flags of --backend=local."""
+    group = parser.add_argument_group("--backend=local")
     group.add_argument(
-        "--jobs", type=int, default=0, help="points at a time; default: one a device, else 1"
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="points that run at the same time (default: one per device of --devices, else 1)",
     )
     group.add_argument(
         "--devices",
         default="",
-        help="indices of GPUs or TPU chips, 0,1,2,3; shared out evenly among the jobs. Default: "
-        "each job sees all there are",
+        metavar="0,1,2,3",
+        help="indices of GPUs or TPU chips, divided evenly among the jobs (default: every job sees "
+        "all devices)",
     )
 
 
 def slots(jobs: int, devices: str) -> list[Slot]:
-    """Devices shared out among jobs.
+    """Divides devices among jobs.
 
     Raises:
-        UserError: they cannot be shared evenly.
+        UserError: they cannot be divided evenly.
     """
     listed = [device.strip() for device in devices.split(",") if device.strip()]
     if len(set(listed)) < len(listed) or not all(device.isdecimal() for device in listed):
@@ -76,25 +82,29 @@ def slots(jobs: int, devices: str) -> list[Slot]:
         raise UserError(
             f"--jobs={jobs}: expected at least 1"
             if jobs < 1
-            else f"--jobs={jobs} does not divide the {len(listed)} devices of --devices"
+            else f"--jobs={jobs} does not divide the {len(listed)} devices of --devices evenly"
         )
     each = len(listed) // jobs
     return [Slot(tuple(listed[i * each : (i + 1) * each])) for i in range(jobs)]
 
 
 def command(sweep: points.Sweep, name: str) -> list[str]:
-    """What runs a point."""
+    """Returns the command that trains a point."""
     return [sys.executable, "-m", "save_jax.main", *sweep.arguments(name)]
 
 
 def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
-    """Runs what is missing; returns the exit code of `launch.sweep`."""
+    """Runs the points that are not complete; returns the exit code of `launch.sweep`.
+
+    Raises:
+        UserError: --devices or --jobs is wrong, or the workdir holds another sweep.
+    """
     free = slots(options.jobs, options.devices)
     waiting = points.missing(sweep)
     if options.dry_run:
         print(points.headline(sweep, waiting, f"{len(free)} at a time"))
         for number, name in enumerate(waiting):
-            # The devices of the first round; later points take those that become free.
+            # The devices of the first round; later points take the devices that become free.
             shown = [f"{k}={v}" for k, v in free[number % len(free)].environment().items()]
             print(shlex.join([*shown, *command(sweep, name)]))
         return 0
@@ -104,23 +114,23 @@ def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
 
 
 class Runner:
-    """The state of a sweep that runs on this machine."""
+    """Runs points of a sweep on this machine and reports their progress."""
 
     def __init__(self, sweep: points.Sweep, free: list[Slot], waiting: list[str]):
         self._sweep, self._free, self._waiting = sweep, free, list(waiting)
         self._running: dict[str, Child] = {}
         self._complete = len(sweep.points) - len(waiting)
         self._failed: dict[str, int] = {}
-        self._unfinished: list[str] = []  # interrupted, or run by somebody else
+        self._unfinished: list[str] = []  # interrupted, or run by another process
         self._signals: list[str] = []
         self._passed_on = 0
         self._started = self._shown = time.monotonic()
         self._directory = pathlib.Path(sweep.workdir)
-        # What was there before must not count as speed.
+        # Steps that were done before this session must not count as its speed.
         self._before = {name: self._fraction(name) for name in waiting}
 
     def run(self) -> int:
-        """Runs all; a signal is passed on, and what it interrupts is waited for."""
+        """Runs all points; on a signal, passes it on and waits for the points to end."""
         previous = {
             number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -143,7 +153,7 @@ class Runner:
         self._signals.append(signal.Signals(number).name)
 
     def _pass_on(self) -> None:
-        """Tells the points of the signals that came; not in the handler, which may not print."""
+        """Passes received signals on to the points; not in the handler, which may not print."""
         while self._passed_on < min(len(self._signals), 2):
             self._passed_on += 1
             for child in self._running.values():
@@ -152,11 +162,12 @@ class Runner:
                 else:
                     child.process.kill()
             what = (
-                "asked for a checkpoint; a second signal kills"
+                "asked to write a checkpoint and stop; a second signal kills them"
                 if self._passed_on == 1
                 else "killed"
             )
-            self._say(f"{self._signals[self._passed_on - 1]}: {len(self._running)} running, {what}")
+            running = points.counted(len(self._running), "running point")
+            self._say(f"{self._signals[self._passed_on - 1]}: {running} {what}")
 
     def _start(self, name: str) -> None:
         workdir = self._directory / name
@@ -164,12 +175,12 @@ class Runner:
         lock = runs.lock(workdir)
         if lock is None:
             self._unfinished.append(name)
-            self._say(f"{name}: runs already, started by another sweep")
+            self._say(f"{name}: left alone, because another process is running it")
             return
         (workdir / runs.EXIT_FILE).unlink(missing_ok=True)
         slot = self._free.pop(0)
         with open(workdir / "log.txt", "ab") as log:
-            # A session of its own: Ctrl-C in a terminal reaches it once, through us.
+            # In a new session, so that Ctrl-C in a terminal reaches it only once, through us.
             process = subprocess.Popen(
                 command(self._sweep, name),
                 stdin=subprocess.DEVNULL,
@@ -202,13 +213,13 @@ class Runner:
                 self._say(f"{name}: complete in {took}{result}")
             elif code == os.EX_TEMPFAIL:
                 self._unfinished.append(name)
-                self._say(f"{name}: stopped after {took}, goes on when started again")
+                self._say(f"{name}: stopped after {took}; resumes when the sweep is run again")
             else:
                 self._failed[name] = code
                 self._say(f"{name}: FAILED with exit code {code} after {took}\n{self._why(name)}")
 
     def _why(self, name: str) -> str:
-        """The end of a log."""
+        """Returns the last lines of a point's log."""
         path = self._directory / name / "log.txt"
         lines = path.read_text(errors="replace").strip().splitlines()[-5:]
         return "".join(f"    {line}\n" for line in lines) + f"    ({path})"
@@ -228,7 +239,7 @@ class Runner:
         print(f"[{', '.join(counts)}] {text}".rstrip(), flush=True)
 
     def _time_left(self) -> str:
-        """At the rate of this session so far, in steps done of all points."""
+        """Estimates the time left from the steps per second of all points in this session."""
         ended = {*self._failed, *self._unfinished}
         now = {name: self._fraction(name) for name in self._before if name not in ended}
         done = sum(now[name] - self._before[name] for name in now)
@@ -240,13 +251,14 @@ class Runner:
     def _summarise(self) -> int:
         left = len(self._waiting) + len(self._unfinished)
         took = duration(time.monotonic() - self._started)
+        total = points.counted(len(self._sweep.points), "point")
         print(
-            f"{self._complete} of {len(self._sweep.points)} points complete after {took}"
-            + (f", {left} not finished: the same command goes on" if left else "")
+            f"{self._complete} of {total} complete after {took}"
+            + (f", {left} not finished: run the same command again" if left else "")
         )
         for name, code in self._failed.items():
-            print(f"  failed, exit code {code}: {name}, see {self._directory / name / 'log.txt'}")
-        print(f"python -m launch.report {self._sweep.workdir} shows the results", flush=True)
+            print(f"  failed with exit code {code}: {name}, see {self._directory / name}/log.txt")
+        print(f"results: python -m launch.report {self._sweep.workdir}", flush=True)
         if self._failed:
             return 1
         return os.EX_TEMPFAIL if left else 0

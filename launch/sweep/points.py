@@ -1,4 +1,4 @@
-"""The points of a sweep: what a config's sweep() yields, checked and named."""
+"""The points of a sweep: the overrides that a config's sweep() yields, checked and named."""
 
 import hashlib
 import importlib.util
@@ -18,11 +18,11 @@ LONGEST_NAME = 100  # characters; file systems stop at 255, terminals earlier
 
 
 class Sweep(NamedTuple):
-    """What is to be run.
+    """A sweep's points and what they have in common.
 
     Attributes:
         config: the config file, with its variant: configs/msrvtt.py:7k.
-        workdir: where the points' directories are.
+        workdir: the directory that holds the points' directories.
         base: command-line overrides of every point: ("--config.steps=5", ...).
         points: name -> overrides.
     """
@@ -33,7 +33,7 @@ class Sweep(NamedTuple):
     points: dict[str, dict[str, Any]]
 
     def arguments(self, name: str) -> list[str]:
-        """What `save_jax.main` is given for a point."""
+        """Returns the arguments of `save_jax.main` for a point."""
         return [
             f"--config={self.config}",
             f"--workdir={self.workdir.rstrip('/')}/{name}",
@@ -43,10 +43,10 @@ class Sweep(NamedTuple):
 
 
 def load(config: str, workdir: str, base: Sequence[str]) -> Sweep:
-    """The points of a config's sweep, each checked as a run would check it.
+    """Reads the points of a config's sweep and checks each as a run would.
 
     Raises:
-        UserError: there is no sweep, or a point does not fit the config.
+        UserError: the config defines no sweep, or a point does not fit the config.
     """
     swept = {argument.split("=")[0].removeprefix("--config.") for argument in base}
     points: dict[str, dict[str, Any]] = {}
@@ -59,7 +59,7 @@ def load(config: str, workdir: str, base: Sequence[str]) -> Sweep:
             )
         if both := sorted(swept & set(overrides)):
             raise UserError(
-                f"{where} sets {both[0]}, which the command line sets too: leave out one of them"
+                f"{where} sets {both[0]}, which the command line sets too: remove one of them"
             )
         arguments = [_argument(key, value) for key, value in overrides.items()]
         try:
@@ -70,32 +70,35 @@ def load(config: str, workdir: str, base: Sequence[str]) -> Sweep:
         point = {key: _get(resolved, key) for key in overrides}
         for key, value in overrides.items():
             if point[key] != value:
-                raise UserError(f"{where}: {key} = {value!r} would be read as {point[key]!r}")
+                raise UserError(
+                    f"{where}: {key} = {value!r} would be read as {point[key]!r}: expected a value "
+                    "of the type that the config has there"
+                )
         name = point_name(point)
         if name in points:
-            raise UserError(f"{where} is there twice: {point}")
+            raise UserError(f"{where} is there twice: {point}. Expected different points")
         points[name] = point
     if not points:
-        raise UserError(f"sweep() in {config} yields no points")
+        raise UserError(f"sweep() in {config} yields no points: expected at least one dictionary")
     return Sweep(config, workdir, tuple(base), points)
 
 
 def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A config with command-line overrides, checked for everything that needs no data.
+    """Reads a config with command-line overrides and checks all that needs no data.
 
     Raises:
         UserError: the file, a key or a value is wrong.
     """
     resolved = configuration.read(config, overrides)
-    configuration.check(resolved, devices=())  # those of the machine that runs it count
+    configuration.check(resolved, devices=())  # another machine's devices may run it
     return resolved
 
 
 def point_name(overrides: Mapping[str, Any]) -> str:
-    """A directory's name, a function of the overrides: "optimizer.new-0.0003__seed-1".
+    """Returns a directory's name made from overrides, such as "optimizer.new-0.0003__seed-1".
 
-    A hash is added where the readable part does not tell all: signs that a file system or a shell
-    would mind are replaced, and what is too long is cut.
+    Characters that are special to a file system or a shell are replaced, and a long name is cut; a
+    hash of the overrides is then added to keep names distinct.
     """
     exact = "__".join(f"{key}-{value}" for key, value in overrides.items()) or "base"
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", exact)
@@ -106,10 +109,10 @@ def point_name(overrides: Mapping[str, Any]) -> str:
 
 
 def record(sweep: Sweep) -> None:
-    """Writes sweep.json; points that it held before are kept.
+    """Writes sweep.json, keeping the points that it already has.
 
     Raises:
-        UserError: it belongs to another sweep.
+        UserError: it belongs to another sweep, or cannot be read.
     """
     path = epath.Path(sweep.workdir) / "sweep.json"
     points = {}
@@ -119,13 +122,13 @@ def record(sweep: Sweep) -> None:
             was, points = {"config": old["config"], "base": old["base"]}, old["points"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} cannot be read ({error!r}): restore it, or use another --workdir"
+                f"{path} cannot be read ({error!r}): restore or delete it, or use another --workdir"
             ) from error
         now = {"config": sweep.config, "base": list(sweep.base)}
         if was != now:
             raise UserError(
-                f"{sweep.workdir} holds another sweep: {was} there, {now} now. Use another "
-                "--workdir, or what it was started with"
+                f"{sweep.workdir} holds another sweep: expected {was}, found {now}. Use another "
+                "--workdir, or the config and flags with which that sweep was started"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(
@@ -139,13 +142,13 @@ def record(sweep: Sweep) -> None:
 
 
 def missing(sweep: Sweep) -> list[str]:
-    """Names of the points that are not complete, in their order."""
+    """Returns the names of the points that are not complete, in the sweep's order."""
     workdir = epath.Path(sweep.workdir)
     return [name for name in sweep.points if runs.read(workdir / name).state != "complete"]
 
 
 def _overrides(config: str) -> list[Any]:
-    """What the config file's sweep() yields."""
+    """Returns the dictionaries that the config file's sweep() yields."""
     path = config.split(":")[0]
     spec = importlib.util.spec_from_file_location("swept_config", path)
     if spec is None or spec.loader is None:
@@ -156,7 +159,7 @@ def _overrides(config: str) -> list[Any]:
     if not callable(sweep) or inspect.signature(sweep).parameters:
         raise UserError(
             f"{path} defines no sweep(): expected a function without arguments that yields one "
-            'dictionary of overrides a point, such as {"optimizer.new": 3e-4, "seed": 1}'
+            'dictionary of overrides per point, such as {"optimizer.new": 3e-4, "seed": 1}'
         )
     return list(sweep())
 
@@ -173,9 +176,14 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
 
 
 def headline(sweep: Sweep, names: Sequence[str], how: str) -> str:
-    """One line: how many points there are, how many are missing, how they run."""
+    """Formats one line: the number of points, how many are complete, and how the others run."""
     complete = len(sweep.points) - len(names)
     return (
-        f"{sweep.config}: {len(sweep.points)} points in {sweep.workdir}, {complete} complete; "
-        f"{len(names)} to run, {how}"
+        f"{sweep.config}: {counted(len(sweep.points), 'point')} in {sweep.workdir}, {complete} "
+        f"complete; {len(names)} to run, {how}"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """Formats a number and its noun: "1 point", "2 points"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""A sweep on a SLURM cluster: one array job, made by submitit.
+"""Runs a sweep on a SLURM cluster, as one array job made by submitit.
 
-Before its time is up, or when it is preempted, a point writes a checkpoint and goes back into the
-queue. A point that `scancel` ends stays ended.
+Before its time limit, or when it is preempted, a point writes a checkpoint and is requeued. A point
+that is cancelled by `scancel` stays so.
 """
 
 import argparse
@@ -20,28 +20,33 @@ from launch.report import runs
 from launch.sweep import points
 from save_jax.errors import UserError
 
-WARNING = 120  # seconds between the warning and the end: enough for a step and a checkpoint
+WARNING = 120  # seconds between SLURM's warning and the end: enough for a step and a checkpoint
 JOBS_FILE = "jobs.json"  # name of a point -> its job
-MOST_TIMEOUTS = 1000  # a point that needs more is not worth it
+MOST_TIMEOUTS = 1000  # times that a point may be requeued
 
 
 class Point:
-    """What a task of the array runs; submitit wants an object, and calls `checkpoint` on it."""
+    """Runs one point as a task of the array; submitit calls `checkpoint` on it before its end."""
 
     def __init__(self, command: list[str], workdir: str):
         self.command, self._workdir = command, pathlib.Path(workdir)
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
+        """Trains the point and returns its exit code, 0 or 75.
+
+        Raises:
+            RuntimeError: training ended with another exit code.
+        """
         first = os.environ.get("SLURM_PROCID", "0") == "0"
         if not first:
-            # submitit heeds the warning on the first task only.
+            # submitit handles the warning on the first task only.
             signal.signal(signal.SIGUSR2, lambda *_: self._process and self._process.terminate())
         self._workdir.mkdir(parents=True, exist_ok=True)
         if first:
             (self._workdir / runs.EXIT_FILE).unlink(missing_ok=True)
         print(shlex.join(self.command), flush=True)
-        # SLURM warns every process of the task; the point inherits the block, and is asked by us.
+        # SLURM warns every process of the task. The point inherits the block; we terminate it.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         self._process = subprocess.Popen(self.command)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
@@ -51,14 +56,14 @@ class Point:
         if first:
             runs.write_json(self._workdir / runs.EXIT_FILE, {"code": code})
         if code == os.EX_TEMPFAIL:
-            # SLURM requeues what it preempts only as long as it runs; `scancel` ends this too.
+            # SLURM requeues a preempted job only while it runs; `scancel` ends this sleep too.
             time.sleep(WARNING)
         if code not in (0, os.EX_TEMPFAIL):
-            raise RuntimeError(f"save_jax.main ended with exit code {code}: see the lines above")
+            raise RuntimeError(f"save_jax.main ended with exit code {code}: see its message above")
         return code
 
     def checkpoint(self) -> Any:
-        """Called on the warning: stops the point, and returns what is to run when it is back."""
+        """Stops the point on SLURM's warning; returns the job that resumes it once requeued."""
         import submitit
 
         if self._process is not None:
@@ -70,27 +75,52 @@ class Point:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("slurm")
-    group.add_argument("--partition", default="")
-    group.add_argument("--account", default="")
-    group.add_argument("--nodes", type=int, default=1, help="of one point")
+    """Adds the flags of --backend=slurm."""
+    group = parser.add_argument_group("--backend=slurm")
+    group.add_argument("--partition", default="", metavar="NAME", help="sbatch's --partition")
+    group.add_argument("--account", default="", metavar="NAME", help="sbatch's --account")
     group.add_argument(
-        "--gpus_per_node", type=int, default=0, help="one process each; 0: one process on the CPU"
+        "--nodes", type=int, default=1, metavar="N", help="nodes per point (default: %(default)s)"
     )
-    group.add_argument("--cpus_per_task", type=int, default=0)
-    group.add_argument("--time_hours", type=float, default=24.0, help="before it is requeued")
-    group.add_argument("--at_once", type=int, default=256, help="points that may run together")
+    group.add_argument(
+        "--gpus_per_node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="GPUs per node, with one process each (default: 0, one process on the CPU)",
+    )
+    group.add_argument(
+        "--cpus_per_task",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU cores per process (default: the cluster's)",
+    )
+    group.add_argument(
+        "--time_hours",
+        type=float,
+        default=24.0,
+        metavar="HOURS",
+        help="time limit of a job; a point that needs longer is requeued (default: %(default)s)",
+    )
+    group.add_argument(
+        "--at_once",
+        type=int,
+        default=256,
+        metavar="N",
+        help="points that may run at the same time (default: %(default)s)",
+    )
     group.add_argument(
         "--slurm",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other option of sbatch, say --slurm qos=high; may be given again",
+        help="any other option of sbatch, such as --slurm qos=high; may be repeated",
     )
 
 
 def parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """What submitit is told of the resources.
+    """Returns the resources of a point as parameters of submitit.
 
     Raises:
         UserError: a value is out of its range, or not KEY=VALUE.
@@ -106,7 +136,7 @@ def parameters(options: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name}={getattr(options, name)}: expected at least {least}")
     minutes = round(options.time_hours * 60)
     if minutes < 1:
-        raise UserError(f"--time_hours={options.time_hours}: expected at least a minute, 0.02")
+        raise UserError(f"--time_hours={options.time_hours}: expected at least a minute (0.02)")
     given = {
         "partition": options.partition,
         "account": options.account,
@@ -121,7 +151,7 @@ def parameters(options: argparse.Namespace) -> dict[str, Any]:
         "ntasks_per_node": options.gpus_per_node or 1,
         "array_parallelism": options.at_once,
         "stderr_to_stdout": True,
-        # A process that dies takes the others with it, so that the run does not hang.
+        # When one process dies, SLURM ends the others, so that the run does not hang.
         "srun_args": ["--kill-on-bad-exit=1"],
         "signal_delay_s": WARNING,
         "additional_parameters": additional,
@@ -130,10 +160,10 @@ def parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_queue(folder: pathlib.Path) -> dict[str, str]:
-    """Points of earlier submissions whose jobs wait or run, with the ids of these jobs.
+    """Returns points of earlier submissions whose jobs are queued or running -> their job ids.
 
     Raises:
-        UserError: SLURM does not say.
+        UserError: squeue fails.
     """
     path = folder / JOBS_FILE
     if not path.exists():
@@ -147,23 +177,28 @@ def in_queue(folder: pathlib.Path) -> dict[str, str]:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"squeue does not say whether points of {folder.parent} are in the queue: {error}"
+            f"squeue does not say whether points of {folder.parent} are in the queue: {error}. "
+            "Run this where squeue works, such as a login node of the cluster"
         ) from error
     alive = set(listed.stdout.split())
     return {name: job for name, job in json.loads(path.read_text()).items() if job in alive}
 
 
 def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
-    """Submits what is missing as one array job; returns the exit code of `launch.sweep`.
+    """Submits the points that are not complete; returns the exit code of `launch.sweep`.
 
     Raises:
-        UserError: submitit or SLURM is not there, or SLURM refuses.
+        UserError: submitit or SLURM is not installed, or SLURM refuses the job.
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
         from submitit.slurm import slurm as submitit_slurm
     except ImportError as error:
-        raise UserError("--backend=slurm needs submitit: pip install 'save_jax[slurm]'") from error
+        raise UserError(
+            "--backend=slurm needs submitit. In a clone of the repository: pip install -e "
+            "'.[slurm]'"
+        ) from error
     resources = parameters(options)
     folder = pathlib.Path(sweep.workdir).absolute() / "slurm"
     sweep = sweep._replace(workdir=str(folder.parent))
@@ -203,7 +238,7 @@ def run(sweep: points.Sweep, options: argparse.Namespace) -> int:
     executor.update_parameters(**resources)
     try:
         submitted = executor.submit_array(jobs)
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         raise UserError(f"SLURM refused the array job: {error}") from error
     submissions = {name: job.job_id for job, name in zip(submitted, names, strict=True)}
     runs.write_json(folder / JOBS_FILE, {**queued, **submissions})

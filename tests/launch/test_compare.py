@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from launch import compare
+from tests.support import object_store
 
 
 def evaluation(workdir, step: int, total: float, groups: dict[str, float], **protocol) -> None:
@@ -44,3 +47,17 @@ def test_answers_to_different_questions_are_told_apart(tmp_path, capsys):
 def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
     assert compare.main([str(tmp_path)]) == 2
     assert f"error: {tmp_path} holds no evaluation" in capsys.readouterr().err
+
+
+def test_runs_in_a_bucket(tmp_path, capsys):
+    evaluation(tmp_path / "a", 10, 30.0, {})
+    object_store.register().put(str(tmp_path), "gs://bucket/runs", recursive=True)
+    assert compare.main(["gs://bucket/runs/a"]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["a", "30.0", "1.5"]
+
+
+def test_help_names_the_command_as_it_is_typed(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m launch.compare ") and "exit codes: 0 done; 2 " in said

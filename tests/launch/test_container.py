@@ -36,6 +36,11 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments):
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
+def test_help():
+    said = container("--help")
+    assert said.returncode == 0 and "Exit codes: 0 done" in said.stdout
+
+
 def test_what_it_copies_exists_and_is_not_ignored():
     copied = {
         name

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Tries sweeps and the batch file on a real SLURM of one node, on the CPU, with the demo.
+# Tests sweeps and the batch file on a real SLURM of one node, on the CPU, with the demo.
 #
 #   tests/launch/test_slurm.sh [--dry_run] [PREPARED_DEMO]
 #
-# Takes the SLURM that is running; as root on Debian or Ubuntu without one, installs slurm-wlm and
-# starts it with a configuration of its own, which is stopped and removed at the end. Checked are a
-# sweep of two points; that it is not run again; that a point warned of its end goes back into the
-# queue and finishes; and the same of slurm.sbatch. Takes about half an hour on two cores.
+# Uses the SLURM that is running. As root on Debian or Ubuntu without one, installs slurm-wlm and
+# starts it with its own configuration; it is stopped and removed at the end. Checks a sweep of two
+# points; that it is not run again; that a point that is warned of its time limit is requeued and
+# finishes; and the same for slurm.sbatch. Takes about half an hour on two cores.
 # PYTHON chooses the interpreter. The demo is made in PREPARED_DEMO (default: demo_data) if absent.
 
 set -euo pipefail
@@ -130,7 +130,7 @@ complete() { # complete DIR N: so many runs below it are complete
 began() { (($(grep -c '"loss"' "$1/metrics.jsonl") >= 2)); }
 jobs() { squeue --me --name=save_jax --noheader --format=%i "$@"; }
 idle() { [[ -z "$(jobs)" ]]; }
-went_on() { grep -q "going on from checkpoint" "$@"; }
+resumed() { grep -q "resuming from checkpoint" "$@"; } # what save_jax/resume.py prints
 
 say "SLURM"
 if $dry_run || ! slurm_answers 2>/dev/null; then
@@ -168,14 +168,14 @@ if ! $dry_run; then
   grep -q "2 complete; 0 to run" "$work/again.txt" || fail "it would run again"
 fi
 
-say "a point that is warned of its end goes back into the queue, and on from its checkpoint"
+say "a point that is warned of its time limit is requeued, and resumes from its checkpoint"
 do_it "${sweep[@]}" --workdir="$work/requeue" --config.steps=30 --at_once=1 "${small[@]}"
 if ! $dry_run; then
   wait_for 1200 "training of the first point" began "$work/requeue/optimizer.new-0.0003"
   scancel --signal=USR2 "$(jobs --states=running)"
   wait_for 1800 "end of the jobs" idle
   complete "$work/requeue" 2 || fail "not both points are complete: $(cat "$work/report.txt")"
-  went_on "$work"/requeue/slurm/*_log.out || fail "no point went on from a checkpoint"
+  resumed "$work"/requeue/slurm/*_log.out || fail "no point resumed from a checkpoint"
 fi
 
 say "slurm.sbatch, interrupted once"
@@ -188,6 +188,6 @@ if ! $dry_run; then
   scancel --signal=TERM "$(jobs --states=running)"
   wait_for 1800 "end of the job" idle
   complete "$work/sbatch" 1 || fail "the run is not complete: $(tail -5 "$work/sbatch.log")"
-  went_on "$work/sbatch.log" || fail "it did not go on from a checkpoint"
+  resumed "$work/sbatch.log" || fail "it did not resume from a checkpoint"
 fi
 if ! $dry_run; then say "all passed"; fi

@@ -57,7 +57,7 @@ def gcloud(tmp_path, fake_program):
         done = run(*SLICE, "--poll=0", *arguments, "all", *RUN)
         calls = [
             words[3] + (" run" if any("save_jax.main" in word for word in words) else "")
-            for words in map(shlex.split, (tmp_path / "calls").read_text().splitlines())
+            for words in [shlex.split(x) for x in (tmp_path / "calls").read_text().splitlines()]
             if words[3] != "describe"
         ]
         return done, calls, (tmp_path / "state").exists()

@@ -21,16 +21,16 @@ def test_both_steps_are_measured_in_one_run(capsys):
     assert result["clips_per_second"] == pytest.approx(8 / result["step_seconds"])
     ratio = result["torch_step_seconds"] / result["step_seconds"]
     assert result["ratio_to_torch"] == pytest.approx(ratio)
-    assert "PyTorch" in out and "GFLOP a step" in out
+    assert "PyTorch" in out and "GFLOP per step" in out
 
 
 def test_products_are_as_exact_as_a_runs(capsys):
     """Else a GPU would be timed in TF32, and a TPU in bfloat16, where a run takes float32."""
-    before = jax.config.jax_default_matmul_precision
+    before = jax.config.values["jax_default_matmul_precision"]
     try:
         jax.config.update("jax_default_matmul_precision", None)
         assert benchmark.main([*SMALL, "--no_torch"]) == 0
-        assert jax.config.jax_default_matmul_precision == "highest"
+        assert jax.config.values["jax_default_matmul_precision"] == "highest"
     finally:
         jax.config.update("jax_default_matmul_precision", before)
 
@@ -41,7 +41,7 @@ def test_products_are_as_exact_as_a_runs(capsys):
         (["--steps=0"], "at least 1"),
         (["--set", "modle=1"], "modle"),
         (["--config=configs/demo.py:clip4clip", "--batch=8"], "--no_torch"),
-        (["--reference=absent.py"], "absent.py, which is not there: run this in a checkout"),
+        (["--reference=absent.py"], "absent.py, which does not exist: run this in a clone"),
     ],
 )
 def test_mistakes_are_named(capsys, flags, message):

@@ -95,7 +95,7 @@ def run(config: dict, workdir, monkeypatch) -> dict[str, str]:
         raise Captured
 
     monkeypatch.setattr(train, "train", training)
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.values["jax_default_matmul_precision"]
     try:
         with pytest.raises(Captured):
             main.run(config, workdir)
@@ -145,8 +145,8 @@ def test_a_tpu_slice(config_file, capsys):
     assert command.main([*arguments, "--batch=32", "--json"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
-    assert "v5e:2x2: 4 devices (TPU v5 lite; data 4, fsdp 1), bfloat16, 32 clips" in text
-    assert "together of 16" in text and "roofline, ms" in text
+    assert "v5e:2x2: 4 devices (TPU v5 lite; data 4, fsdp 1), bfloat16, 32 clips per" in text
+    assert "total of 16" in text and "roofline, ms" in text
     result = json.loads(last)
     assert (
         result["fits"] and result["batch_size"] == 32 and result["mesh"] == {"data": 4, "fsdp": 1}
@@ -172,7 +172,7 @@ def test_a_tpu_slice(config_file, capsys):
 @needs_libtpu
 def test_what_does_not_fit_is_told_with_what_it_would_need():
     target = compile_.find_target("v5e:1x1")
-    assert target.devices[0].device_kind == target.chip.kind
+    assert target.chip and target.devices[0].device_kind == target.chip.kind
     one = jax.sharding.SingleDeviceSharding(target.devices[0])
     x = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16, sharding=one)  # 8 GiB each
     traced = jax.jit(lambda x, y: jnp.sin(x @ y) @ x).trace(x, x)
@@ -257,8 +257,8 @@ def test_exit_codes_and_the_table_of_several(config_file, monkeypatch, capsys):
     [
         (["--topology=v9:2x2"], "expected a TPU slice (v4:2x2x1"),
         (["--topology=cpu:none"], "cpu:N, gpu:N, or here"),
-        (["--topology=cpu:64"], "only 8 such devices"),
-        (["--topology=gpu:8"], "JAX sees no gpu here"),
+        (["--topology=cpu:64"], "expected at most 8"),
+        (["--topology=gpu:8"], "JAX finds no gpu here"),
         (["--topology=cpu:8", "--batch=12", "--config.micro_batch=4"], "multiple of 8, say 16"),
         (["--topology=cpu:8", "--config.micro_batch=3"], "config.micro_batch = 3"),
         (["--topology=cpu:8", "--batch=16", "--config.micro_batch=32"], "batch_size = 16, or 0"),
@@ -277,7 +277,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(config_file, arguments, messag
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compile_.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'save_jax\[compile\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[compile\]'"):
         compile_.find_target("v5e:2x4")
 
 
@@ -285,7 +285,9 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
 
 
 def program(f, *arguments) -> hlo.Program:
-    return hlo.Program(jax.jit(f).lower(*arguments).compile().as_text())
+    text = jax.jit(f).lower(*arguments).compile().as_text()
+    assert text is not None
+    return hlo.Program(text)
 
 
 def test_a_collective_counts_as_often_as_its_loop_runs():

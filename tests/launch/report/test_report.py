@@ -2,12 +2,18 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree
 
 import pytest
 
 from launch.report import __main__ as report
-from tests.support import stand_in
+from launch.report import runs
+from save_jax import locks
+from tests.support import object_store, stand_in
 
 
 @pytest.fixture
@@ -72,6 +78,80 @@ def test_the_csv_has_all_digits_and_the_runs_without_results(directory, tmp_path
         "state": "waiting",
     }
     assert "-" in rows(capsys)[-1]
+
+
+def state(directory, capsys) -> tuple[str, str]:
+    """The state of the last run in the table, and what stderr says."""
+    assert report.main([str(directory)]) == 0
+    captured = capsys.readouterr()
+    return captured.out.split()[-1], captured.err
+
+
+@pytest.fixture
+def half_done(tmp_path):
+    """A run that was not evaluated and did write a line a moment ago."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"steps": 9}')
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    return tmp_path / "run"
+
+
+HOLD = """
+from save_jax import files, locks
+
+with locks.hold(files.path({!r})):
+    print(flush=True)
+    input()
+"""
+
+
+def test_a_run_is_running_while_its_process_lives(half_done, capsys):
+    assert state(half_done, capsys) == ("stopped", "")  # nobody holds it
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(str(half_done))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout and process.stdout.readline()
+        (half_done / runs.EXIT_FILE).write_text('{"code": 1}')  # of the start before this one
+        assert state(half_done, capsys) == ("running", "")
+    finally:
+        process.kill()
+        process.communicate()
+    assert (half_done / locks.LOCK).exists()
+    assert state(half_done, capsys) == ("failed", "")
+    (half_done / runs.EXIT_FILE).unlink()
+    assert state(half_done, capsys) == ("stopped", "")
+
+
+def test_what_is_assumed_of_a_run_on_another_machine_is_said(half_done, capsys):
+    (half_done / locks.LOCK).write_text("process 7 on elsewhere, since 2020-01-01 00:00:00")
+    found, said = state(half_done, capsys)
+    assert found == "running"
+    assert said.startswith(
+        "note: run is assumed to be running: process 7 on elsewhere, since 2020-01-01 00:00:00, "
+        "cannot be checked from here, and the run's files last changed "
+    )
+    long_ago = time.time() - runs.QUIET_AFTER - 60
+    for name in ("metrics.jsonl", "config.json", locks.LOCK):
+        os.utime(half_done / name, (long_ago, long_ago))
+    found, said = state(half_done, capsys)
+    assert found == "stopped" and "is assumed to be stopped" in said
+    assert "last changed 16m0" in said
+
+
+def test_runs_in_a_bucket(half_done, capsys):
+    store = object_store.register()
+    store.put(str(half_done), "gs://bucket/runs/run", recursive=True)
+    assert state("gs://bucket/runs", capsys) == ("stopped", "")
+    lease = {"id": "x", "holder": "process 7 on pod-0, since 2020", "beat": 3}
+    store.pipe(f"gs://bucket/runs/run/{locks.LOCK}", json.dumps(lease).encode())
+    assert state("gs://bucket/runs", capsys) == (
+        "running",
+        "note: run is assumed to be running: process 7 on pod-0, since 2020, cannot be checked "
+        "from here, and the store does not say when the run's files changed\n",
+    )
 
 
 def test_broken_files_are_named_and_not_fatal(directory, capsys):

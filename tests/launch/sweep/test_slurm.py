@@ -114,6 +114,7 @@ def test_a_task_that_is_warned_stops_with_a_checkpoint_and_goes_on_from_it(tmp_p
     def warn():
         while not (tmp_path / "checkpoints/2").exists():
             time.sleep(0.02)
+        assert point._process is not None
         os.kill(point._process.pid, signal.SIGUSR2)  # SLURM warns the point too: no effect
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -160,6 +161,8 @@ def test_the_batch_file_dry_run():
     one = bash(BATCH_FILE, "--dry_run", "--config=x", SLURM_NTASKS="1").stdout.splitlines()[-1]
     assert "--distributed" not in one
     assert bash(BATCH_FILE).returncode == 2
+    said = bash(BATCH_FILE, "--help")
+    assert said.returncode == 0 and "Exit codes are those of save_jax.main" in said.stdout
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, ""), (1, ""), (2, ""), (75, "requeue 42\n")])
@@ -180,7 +183,7 @@ def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(conftest.ROOT)
     sweeps = batches = 0
-    for words in map(shlex.split, done.stdout.splitlines()):
+    for words in [shlex.split(line) for line in done.stdout.splitlines()]:
         if "launch.sweep" in words:
             config = next(word for word in words if word.startswith("--config="))
             arguments = words[words.index("launch.sweep") + 1 :]
@@ -196,3 +199,9 @@ def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):
             assert bash(*words[at : at + 1], "--dry_run", *words[at + 1 :]).returncode == 0
             batches += 1
     assert (sweeps, batches) == (2, 1)
+
+
+def test_the_real_test_looks_for_what_a_resumed_run_prints():
+    script = (conftest.ROOT / "tests/launch/test_slurm.sh").read_text()
+    (words,) = re.findall(r'grep -q "(\w+ \w+ from checkpoint|\w+ from checkpoint)"', script)
+    assert f'say(f"{words} {{' in (conftest.ROOT / "save_jax/resume.py").read_text()
