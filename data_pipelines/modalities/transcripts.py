@@ -56,7 +56,7 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
     repeated = sorted(video_id for video_id, times in seen.items() if times > 1)
     if repeated:
         _log.warning(
-            "%s: %d ids occur more than once; the first text that is not empty is used: %s",
+            "%s: ids that occur more than once (%d), with their first text that is not empty: %s",
             path,
             len(repeated),
             ", ".join(repeated[:10]) + (", …" if len(repeated) > 10 else ""),

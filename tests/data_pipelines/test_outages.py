@@ -103,7 +103,7 @@ def nothing_is_lost(code, error, out, *words):
     """Whether a run that an outage ended says so, and has left nothing out for good."""
     assert code == os.EX_TEMPFAIL == 75, error
     assert error.count("interrupted: ") == 1 and "Traceback" not in error, error
-    for word in (*words, "no clip is left out for it", "run the same command again"):
+    for word in (*words, "no clip is left out", "run the same command again"):
         assert word in error
     assert not list(out.rglob("metadata.json"))
 
@@ -509,7 +509,7 @@ def test_ffmpegs_lack_of_memory_is_believed_where_memory_is_short():
         (errno.ENOSPC, "Make room"),
         (errno.EMFILE, "ulimit -n"),
         (errno.ENOMEM, "more memory"),
-        (errno.ESTALE, "answers again"),
+        (errno.ESTALE, "responds again"),
     ],
 )
 def test_what_to_do_is_said(number, words):

@@ -275,7 +275,7 @@ def test_without_the_package_its_extra_is_named(folder, tmp_path, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'save_jax\[whisper\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[whisper\]'"):
         transcribe(spoken(folder), str(tmp_path / "asr.json"))
 
 
