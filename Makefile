@@ -1,6 +1,6 @@
 # make demo: SAVE and its two baselines, trained on clips that the demo makes itself.
 # TRANSCRIBE=1 make demo: the same, with what Whisper hears in the clips instead of their scripts.
-# make test: lint and every test. Each sets up its own environment in .venv first.
+# make test: lint (style and types) and every test. Each sets up its own environment in .venv first.
 # make soak: what takes too long for every change; see tests/README.md.
 
 PYTHON ?= python3
@@ -56,6 +56,7 @@ demo: $(if $(HEARD),transcribe,$(VENV)/.prepare)
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ty check --python $(VENV) save_jax data_pipelines launch configs
 
 test: lint
 	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile

@@ -1,7 +1,7 @@
 """Prepared clips in, batches out: shuffled, sharded, resumable (tf.data).
 
-The order of training is a function of (seed, epoch) alone. Which processes there are, how many
-threads, and where a run was interrupted do not change it.
+The order of training is a function of (seed, epoch) alone. The numbers of processes and threads,
+and where a run was interrupted, do not change it.
 """
 
 import contextlib
@@ -16,18 +16,19 @@ from array_record.python import array_record_data_source
 
 from data_pipelines.recipe import Recipe
 from data_pipelines.splits import Split, caption_table
+from data_pipelines.tables import counted
 from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.tokenizer import Tokenizer
 
-# TensorFlow only reads and decodes here; on first use it would reserve the whole GPU. Where it was
-# used before, that is decided already.
+# TensorFlow only reads and decodes here, but would reserve the whole GPU when it is first used. If
+# it was used before, this setting can no longer be changed.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Batches of `batch_size` pairs in an epoch, the last, incomplete one dropped.
+    """Returns the number of batches of `batch_size` pairs per epoch, dropping an incomplete one.
 
     Raises:
         UserError: the split has fewer pairs than a batch.
@@ -35,8 +36,9 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     steps = split.num_pairs // batch_size
     if steps == 0:
         raise UserError(
-            f"expected at least one batch of {batch_size} in the split {split.name!r}, found "
-            f"{split.num_pairs} captions of {split.num_clips} clips. Lower batch_size."
+            f"expected at least one batch of {batch_size} captions in the split {split.name!r}, "
+            f"found {counted(split.num_pairs, 'caption')} of {counted(split.num_clips, 'clip')}. "
+            "Lower --config.batch_size."
         )
     return steps
 
@@ -59,9 +61,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this process's share of the batches of steps start_step … total_steps − 1.
 
-    Every (clip, caption) pair occurs once an epoch, except the last few that fill no batch.
-    Process p's share is the p-th of equal, contiguous parts of the global batch. Steps before
-    `start_step` cost nothing.
+    Every (clip, caption) pair occurs once per epoch, except the last few, which do not fill a
+    batch. Process p's share is the p-th of equal, contiguous parts of the global batch. Steps
+    before `start_step` cost nothing.
 
     Args:
         split: what to train on.
@@ -69,9 +71,9 @@ def train_batches(
         seed: decides the order.
         start_step: the first step, counted from 0 over all epochs.
         total_steps: the step to stop before.
-        max_words: L, ids a text.
+        max_words: L, ids per text.
         sound: whether to read filterbanks.
-        speech: whether to give transcripts.
+        speech: whether to include transcripts.
         teacher: whether to read the teacher's vectors.
         tokenizer: turns texts into ids.
         frames: whether to read frames.
@@ -79,7 +81,8 @@ def train_batches(
         process_count: how many there are.
 
     Raises:
-        UserError: the split is smaller than a batch, or a batch cannot be shared out evenly.
+        UserError: the split is smaller than a batch, or `batch_size` is no multiple of
+            `process_count`.
     """
     per_epoch = steps_per_epoch(split, batch_size)
     share = _share(batch_size, process_index, process_count)
@@ -87,7 +90,7 @@ def train_batches(
     caption_ids = tokenizer(table.texts, max_words)
     transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
 
-    @functools.lru_cache(maxsize=2)  # reading ahead may be in the next epoch already
+    @functools.lru_cache(maxsize=2)  # prefetching may be in the next epoch already
     def order(epoch: int) -> np.ndarray:
         return epoch_order(seed, epoch, split.num_pairs)
 
@@ -109,7 +112,7 @@ def train_batches(
 
 
 def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
-    """The order of all pairs in an epoch: a function of its arguments and nothing else."""
+    """Returns the order of all pairs in an epoch, int [num_pairs], a function of the arguments."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_pairs)
 
 
@@ -129,15 +132,15 @@ def clip_batches(
 ) -> Iterator[Batch]:
     """Yields this process's share of all clips, each once, in order, for embedding.
 
-    The last batch is filled up with a clip whose `index` is -1, so that every process yields the
-    same number of batches of the same size.
+    The last batch is padded with rows whose `index` is -1, so that every process yields the same
+    number of batches of the same size.
 
     Args:
         split: the clips.
         batch_size: clips in the global batch.
-        max_words: L, ids a transcript.
+        max_words: L, ids per transcript.
         sound: whether to read filterbanks.
-        speech: whether to give transcripts.
+        speech: whether to include transcripts.
         tokenizer: turns texts into ids.
         teacher: whether to read the teacher's vectors.
         frames: whether to read frames.
@@ -146,7 +149,7 @@ def clip_batches(
         process_count: how many there are.
 
     Raises:
-        UserError: a batch cannot be shared out evenly.
+        UserError: `batch_size` is no multiple of `process_count`.
     """
     share = _share(batch_size, process_index, process_count)
     transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
@@ -170,12 +173,12 @@ def clip_batches(
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The part of a global batch that is this process's."""
+    """Returns this process's part of a global batch."""
     size, left = divmod(batch_size, process_count)
     if left or not size:
         raise UserError(
-            f"expected a global batch size that {process_count} processes share evenly, found "
-            f"{batch_size}. Choose a multiple of {process_count}."
+            f"expected a global batch size that is a multiple of {process_count}, the number of "
+            f"processes, found {batch_size}."
         )
     return slice(process_index * size, (process_index + 1) * size)
 
@@ -189,7 +192,7 @@ def _batch(
     sound: bool,
     teacher: bool,
 ) -> Batch:
-    """Adds to what was read of each row what is in memory already."""
+    """Joins the arrays that were read for each row with those that are in memory already."""
     return Batch(
         frames=arrays.get("frames"),
         frame_mask=arrays.get("frame_mask"),
@@ -213,12 +216,12 @@ def _read(
     sound: bool,
     teacher: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Reads and decodes the heavy arrays of the clips of each step, ahead of their use.
+    """Reads, decodes and prefetches the heavy arrays of each step's clips.
 
     Args:
         split: the clips.
         steps: the steps, contiguous.
-        rows_of: the rows of a step's clips, as many for each step.
+        rows_of: returns the rows of a step's clips, equally many for each step.
         frames: whether to read frames.
         sound: whether to read filterbanks.
         teacher: whether to read the teacher's vectors.
@@ -235,7 +238,7 @@ def _read(
 
     def read(step: np.int64) -> np.ndarray:
         with lock:
-            if over:  # the pass was left while it was being read ahead
+            if over:  # the pass ended while it was prefetching
                 raise RuntimeError("this pass over the records is over")
             return np.array([records[row] for row in rows_of(int(step))], object)
 
@@ -247,7 +250,7 @@ def _read(
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = max(2, os.cpu_count() or 1)
-    options.threading.max_intra_op_parallelism = 1  # clips are decoded side by side already
+    options.threading.max_intra_op_parallelism = 1  # clips are decoded in parallel already
     dataset = (
         tf.data.Dataset.range(steps.start, steps.stop)
         .map(read_step)
@@ -274,7 +277,7 @@ def _read(
 def _parse(
     serialized: tf.Tensor, *, recipe: Recipe, frames: bool, sound: bool, teacher: bool
 ) -> dict[str, tf.Tensor]:
-    """Decodes those features of a record (storage/tfds_format.py) that are wanted."""
+    """Decodes the wanted features of a record (storage/tfds_format.py)."""
     wanted = {}
     if frames:
         wanted["frames"] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
@@ -305,7 +308,7 @@ def _decode_frames(stored: tf.Tensor, recipe: Recipe) -> tf.Tensor:
         joined = tf.io.decode_raw(tf.strings.reduce_join(stored), tf.uint8)
         return tf.reshape(tf.concat([joined, absent], 0), [most, size, size, 3])
     frames = tf.map_fn(
-        # The default method is allowed to be an approximation.
+        # The default method may be an approximation.
         functools.partial(tf.io.decode_jpeg, channels=3, dct_method="INTEGER_ACCURATE"),
         stored,
         fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),

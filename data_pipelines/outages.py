@@ -1,15 +1,15 @@
-"""Tells the faults of the machine, its network and its stores from the faults of a file.
+"""Tells outages of the machine, its network and its stores from the faults of a file.
 
-A file's own fault costs its clip and nothing else: it is left out and named. An outage must cost no
-clip, for a clip that is left out stays out once preparation is complete. So it ends the run, and
-the same command goes on from there.
+The fault of a file costs its clip and nothing else: the clip is left out and named. An outage must
+cost no clip, because a clip that is left out stays out once preparation is complete. So an outage
+ends the run, and the same command resumes it.
 
-A file's own fault is what the system says of its path (it is absent, it is a folder, it may not be
-read) and whatever is wrong with the bytes that it does hold. All else that keeps these bytes from
-us is an outage: full disks and directories, lost mounts, too many open files, too little memory, a
-network or a bucket that does not answer. Bytes are therefore read here, not by the libraries that
-take them apart: FFmpeg says "Input/output error", "Operation not permitted" and "Cannot allocate
-memory" of damaged files, too.
+The fault of a file is an error about its path (it is absent, it is a folder, it may not be read) or
+anything wrong with its bytes. Every other reason why the bytes cannot be read is an outage: full
+disks and directories, lost mounts, too many open files, too little memory, a network or a bucket
+that does not respond. Bytes are therefore read here, not by the libraries that decode them: FFmpeg
+reports "Input/output error", "Operation not permitted" and "Cannot allocate memory" for damaged
+files, too.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from etils import epath
 
@@ -26,33 +26,33 @@ from save_jax import errors
 from save_jax.errors import ABSENT, NO_SPACE, OutageError, UserError
 from save_jax.files import is_remote
 
-_PLENTY = 2**31 - 1  # bytes: the most that FFmpeg takes in one piece
+_PLENTY = 2**31 - 1  # bytes: the most that FFmpeg allocates at once
 
 _REMEDIES = {
     **dict.fromkeys(
-        (*NO_SPACE, errno.EFBIG), "Make room there, or let TMPDIR name a folder on a larger disk"
+        (*NO_SPACE, errno.EFBIG), "Make room there, or set TMPDIR to a folder on a larger disk"
     ),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n), or use fewer --workers"
     ),
-    errno.ENOMEM: "Use fewer --workers or more memory (take away a file that never has enough)",
+    errno.ENOMEM: "Use fewer --workers or more memory (remove a file that always fails)",
 }
 _REMEDY = (
-    "See that the disk, the network or the store answers again (take away a file that never does)"
+    "Check that the disk, the network or the store responds again (remove a file that always fails)"
 )
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an exception is the fault of the machine, its network or a store, not of a file."""
+    """Returns whether an exception is the fault of the machine, network or store, not of a file."""
     if type(error).__module__.split(".")[0] == "av":
-        # Of reading it knows nothing (see above), and damaged files ask it for absurd amounts of
-        # memory, which it refuses by the same word as the system.
+        # PyAV does not read files here (see above), and damaged ones make it ask for absurd amounts
+        # of memory, which it refuses with the same error number as the system.
         return getattr(error, "errno", None) == errno.ENOMEM and memory_is_short()
     return errors.is_outage(error)
 
 
 def outage(where: str | os.PathLike, error: BaseException) -> OutageError:
-    """The error that ends the run because of an outage; `where` is what could not be used."""
+    """Returns the error that ends the run after an outage; `where` is what could not be used."""
     if isinstance(error, OutageError):
         return error
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
@@ -65,16 +65,16 @@ def outage(where: str | os.PathLike, error: BaseException) -> OutageError:
 def in_words(
     where: str | os.PathLike, reason: str, remedy: str = _REMEDIES[errno.ENOMEM]
 ) -> OutageError:
-    """The error that ends the run for a reason that no exception tells."""
+    """Returns the error that ends the run for a reason that is not an exception."""
     return OutageError(
-        f"{os.fspath(where)}: {reason}. That is the fault of this machine, its network or a store, "
-        f"not of the data: no clip is left out for it, and what was done is kept. {remedy}, and "
-        "run the same command again, which goes on from there."
+        f"{os.fspath(where)}: {reason}. This is the fault of this machine, its network or a store, "
+        f"not of the data: no clip is left out, and finished work is kept. {remedy}, then run the "
+        "same command again to resume."
     )
 
 
 def pass_on(error: Exception, where: str | os.PathLike) -> None:
-    """Raises what must end the run; returns where an exception is the fault of a file."""
+    """Raises the error that must end the run; returns if the fault is that of a file."""
     if isinstance(error, UserError | OutageError):
         raise error
     if is_outage(error):
@@ -82,36 +82,37 @@ def pass_on(error: Exception, where: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def reaching(path: str | os.PathLike) -> Iterator[None]:
-    """Sorts what may go wrong in reaching a file or a folder, here or in a store.
+def reaching(path: str | os.PathLike) -> Generator[None]:
+    """Classifies the errors of accessing a file or a folder, local or remote.
 
-    Only reading, listing and asking belong in here, not what is then made of the bytes.
+    Only reading, listing and status calls belong inside, not the decoding of the bytes.
 
     Raises:
-        UserError: this installation has not what that kind of store needs.
+        UserError: a package that this kind of store needs is not installed.
         OutageError: the machine, its network or the store fails.
-        OSError: what the system says of the path, such as FileNotFoundError.
+        OSError: the path itself is at fault, as in FileNotFoundError.
     """
     try:
         yield
     except (ImportError, NotImplementedError) as error:
         raise UserError(
             f"{path}: expected a path that can be opened, found that its kind of store needs a "
-            f"package that is not installed ({error}). Install gcsfs for gs://, s3fs for s3://."
+            f"package that is not installed ({error}). gs:// and s3:// need the extra [remote]: "
+            "pip install -e '.[remote]'"
         ) from error
     except Exception as error:
         pass_on(error, path)
-        # Of a store, any other words than "absent" are about it: its rights are not an object's.
+        # Any error of a store but "absent" is about the store: rights are not granted per object.
         if (is_remote(path) and not isinstance(error, ABSENT)) or _closed(path, error):
             raise outage(path, error) from error
         raise
 
 
 @contextlib.contextmanager
-def temporary() -> Iterator[None]:
-    """Takes whatever the system refuses in here for an outage of the temporary directory.
+def temporary() -> Generator[None]:
+    """Treats every error of the system inside as an outage of the temporary directory.
 
-    Its absence is one, too: FileNotFoundError may mean that no such directory can be written to.
+    FileNotFoundError is one, too: it may mean that no temporary directory is writable.
     """
     try:
         yield
@@ -123,7 +124,7 @@ def temporary() -> Iterator[None]:
 
 
 def memory_is_short() -> bool:
-    """Whether this process cannot have as much memory as a sound file may ask for at once."""
+    """Returns whether this process cannot allocate what a media file may ask for at once."""
     try:
         mmap.mmap(-1, _PLENTY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # not used
     except (OSError, MemoryError):
@@ -132,12 +133,12 @@ def memory_is_short() -> bool:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether there is a file or a folder, here or remote; OutageError where that is not known."""
+    """Returns whether a file or folder exists, local or remote; OutageError if that is unknown."""
     return _status(path) is not None
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-    """Whether there is a folder, here or remote; OutageError where that is not known."""
+    """Returns whether a folder exists, local or remote; OutageError if that is unknown."""
     status = _status(path)
     if status is None:
         return False
@@ -145,10 +146,9 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 def walk(folder: str | os.PathLike) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
-    """Lists a folder and those below it, as Path.walk does, which leaves out what cannot be listed.
+    """Walks a folder like Path.walk, but raises OutageError when an outage prevents listing.
 
-    Here it is left out only where that is so of a folder itself: where an outage is in the way,
-    OutageError is raised.
+    A folder that cannot be listed through its own fault is left out, as Path.walk does.
     """
 
     def heed(error: OSError) -> None:
@@ -160,19 +160,19 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[epath.Path, list[str], lis
 
 
 def _status(path: str | os.PathLike):
-    """What is known of a file or a folder; None when it is not there."""
+    """Returns the status of a file or folder; None when it does not exist."""
     try:
         with reaching(path):
-            # Not Path.exists and is_dir: in some versions, they say no whatever the matter is.
+            # Not Path.exists and is_dir: in some versions, they return False on any error.
             return epath.Path(path).stat() if is_remote(path) else os.stat(path)
     except OSError:
         return None
 
 
 def _closed(path: str | os.PathLike, error: Exception) -> bool:
-    """Whether permission is refused because all of a folder is closed, not that file alone.
+    """Returns whether permission is refused because a whole folder is closed, not a file alone.
 
-    So it is when the ticket for a network file system has run out.
+    This happens when the ticket for a network file system has expired.
     """
     folder = os.path.dirname(os.path.abspath(path))
     return isinstance(error, PermissionError) and not os.access(folder, os.R_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""Work on many clips at a time, in processes, with the results in order."""
+"""Processes many clips at a time, in worker processes, with the results in order."""
 
 import collections
 import concurrent.futures
@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -19,12 +19,12 @@ from save_jax.errors import OutageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Items given out ahead of the one whose turn it is, per worker: a long clip must not leave the
-# other workers idle, nor may finished clips pile up in memory behind it.
+# Items submitted ahead of the next result, per worker: a long clip must not leave the other workers
+# idle, nor may finished clips pile up in memory behind it.
 _AHEAD = 4
-# Seconds before an item that met with an outage is tried again: many pass in a moment.
+# Seconds before an item is retried after an outage: many outages are brief.
 _PAUSES = (0.5, 1.5)
-# How a process ends when C code is at fault. Whatever else ends one comes from outside.
+# The signals that end a process when C code is at fault. Others come from outside.
 _CRASHES = frozenset(
     (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS)
 )
@@ -36,21 +36,21 @@ def in_order(
     workers: int,
     crashed: Callable[[Item], Result],
     name: Callable[[Item], str],
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yields the result of each item, in the order of `items`.
 
-    An item that meets with an outage is tried again twice within two seconds.
+    An item that fails through an outage is retried twice within two seconds.
 
     Args:
-        work: what to do with an item; it and its results can be pickled.
-        items: the items; they are taken as they are needed.
-        workers: processes to do it in; 1 = this one.
-        crashed: the result of an item that crashes its process (FFmpeg is C code, and files are
-            odd); that item alone is lost.
-        name: what an item is called in a message.
+        work: the function to apply to each item; it and its results can be pickled.
+        items: the items, consumed as they are needed.
+        workers: number of processes; 1 = this one.
+        crashed: returns the result of an item that crashes its process (FFmpeg is C code, and files
+            are odd); only that item is lost.
+        name: returns the name of an item for a message.
 
     Raises:
-        OutageError: `work` raised it; or an item's process was killed, as it is when memory is
+        OutageError: `work` raised it, or an item's process was killed, as happens when memory is
             short.
     """
     work = functools.partial(_patiently, work)
@@ -65,7 +65,7 @@ def in_order(
     def submit(item: Item) -> concurrent.futures.Future[Any]:
         try:
             return pool.submit(work, item)
-        except BrokenProcessPool as error:  # known already, while results of before are used
+        except BrokenProcessPool as error:  # it broke while earlier results were consumed
             future: concurrent.futures.Future[Any] = concurrent.futures.Future()
             future.set_exception(error)
             return future
@@ -80,8 +80,8 @@ def in_order(
             try:
                 result = future.result()
             except BrokenProcessPool:
-                # One of the items under way did it. The one whose turn it is gets a process of its
-                # own, which tells; the others start again.
+                # One of the submitted items crashed it. The next one runs in a separate process, to
+                # see whether it was that one; the others are submitted again.
                 result = _alone(work, item, crashed, name)
                 pool.shutdown()
                 pool = _pool(workers)
@@ -97,6 +97,7 @@ def _alone(
     crashed: Callable[[Item], Result],
     name: Callable[[Item], str],
 ) -> Result:
+    """Runs one item in a separate process; returns its result, or that of a crash."""
     process = None
     with _pool(1) as pool:
         try:
@@ -106,19 +107,21 @@ def _alone(
             return pool.submit(work, item).result()
         except BrokenProcessPool:
             pass
-    # 1 is Python's own, for what goes wrong outside the work: a module that cannot be read.
-    if process is None or process.exitcode == 1:
-        raise outages.in_words(name(item), "a process to read it in cannot be had")
-    if process.exitcode < 0 and -process.exitcode not in _CRASHES:
+    exit_code = None if process is None else process.exitcode
+    # Python itself exits with 1 when something outside the work fails, such as an import.
+    if exit_code is None or exit_code == 1:
+        raise outages.in_words(name(item), "no process could be started to read it")
+    if exit_code < 0 and -exit_code not in _CRASHES:
         raise outages.in_words(
             name(item),
-            "the process that read it was ended from outside, as happens when memory is short "
-            f"({signal.strsignal(-process.exitcode)})",
+            "the process that read it was killed from outside, as happens when memory is short "
+            f"({signal.strsignal(-exit_code)})",
         )
     return crashed(item)
 
 
 def _patiently(work: Callable[[Item], Result], item: Item) -> Result:
+    """Applies `work` to an item, and again after each pause while there is an outage."""
     for pause in _PAUSES:
         try:
             return work(item)
@@ -128,13 +131,14 @@ def _patiently(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Starts a pool of processes that ignore Ctrl-C and end with this one."""
     # Spawned, not forked: the parent may have threads (JAX's), which do not survive a fork.
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
-    # A terminal sends Ctrl-C to all processes: what is to be done about it is for the parent alone
-    # to say. Processes inherit which signals are blocked when they start, which is when work is
-    # given out. (SIGTERM is what the pool itself ends them with, when one of them has crashed.)
+    # A terminal sends Ctrl-C to all processes, but only the parent is to react. Processes inherit
+    # the blocked signals when they start, which is when work is submitted. (SIGTERM is not blocked:
+    # the pool itself ends its processes with it when one of them has crashed.)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         for _ in range(workers):
@@ -145,10 +149,13 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has ended, however it did; else it would wait for ever."""
+    """Ends this process when its parent has ended in any way; otherwise it would wait forever."""
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only processes of the pool call this
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

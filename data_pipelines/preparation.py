@@ -1,6 +1,6 @@
-"""A data set prepared: its clips found, what they lack made, and their records written.
+"""Prepares a data set: finds its clips, makes what they lack, and writes their records.
 
-Whatever ends a preparation, the next call goes on from there. The command is `prepare.py`.
+The next call resumes a preparation that was interrupted. The command is `prepare.py`.
 """
 
 import dataclasses
@@ -37,22 +37,22 @@ def prepare(
     beam_options: str = "",
     wait: bool = False,
 ) -> epath.Path:
-    """Prepares one variant of a data set, or what is not yet done of it.
+    """Prepares one variant of a data set, resuming what an earlier call began.
 
     Args:
         dataset: the data set's name, a key of datasets.DATASETS.
         root: the folder with its raw files. For "demo", none means OUT/corpus, and the corpus is
-            made when it is not there.
+            made if it is absent.
         out: the folder for prepared data sets; none means ROOT/prepared.
         variant: one of the data set's variants; none means its first.
-        recipe: what to make of the media; none means what is usual for the data set.
-        workers: processes that read media; 0 = as many as there are processors (with Beam: one,
-            the runner's worker itself).
+        recipe: decides the stored arrays; none means the data set's usual recipe.
+        workers: processes that read media; 0 = one per processor (with Beam: one, the runner's
+            worker itself).
         strict: raise UserError on the first file that is not usable, instead of counting it.
-        transcripts: "file", "whisper" or "none"; "" = the file if there is one, or else Whisper.
+        transcripts: "file", "whisper" or "none"; "" = the file if there is one, otherwise Whisper.
         whisper: Whisper's model, an id or a local directory.
         translate: have Whisper translate other languages to English.
-        imagebind: path of imagebind_huge.pth, to compute the vectors that are not there; "" = none.
+        imagebind: path of imagebind_huge.pth, to compute missing teacher vectors; "" = none.
         beam_runner: one of BEAM_RUNNERS; "" = this machine alone.
         beam_options: Beam's own options, as on a command line.
         wait: wait for another process that is preparing the same, instead of raising UserError.
@@ -62,7 +62,7 @@ def prepare(
 
     Raises:
         UserError: something is absent or wrong, or the directory was prepared by another recipe.
-        OutageError: the machine, its network or a store fails; the same call goes on from there.
+        OutageError: the machine, its network or a store fails; the same call resumes.
     """
     variant = datasets.check_variant(dataset, variant)
     recipe = recipe or usual_recipe(dataset)
@@ -75,12 +75,12 @@ def prepare(
     if dataset != "demo" and not outages.is_folder(root):
         raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
 
-    # Here, because worker processes import this module again, and have no use for what writes.
+    # Imported here: worker processes import this module again, and do not need the writers.
     from data_pipelines.storage import tfds_format
     from data_pipelines.storage.build import build
 
     processors = os.cpu_count() or 1
-    # In a bucket, too: on two machines, each would remove what the other has written so far.
+    # In a bucket, too: of two machines, each would remove what the other has written so far.
     with locks.hold(directory, beside=prepared.lock_path(directory), wait=wait):
         if _is_done(directory, recipe, speech):  # by the process that was waited for
             return directory
@@ -114,12 +114,12 @@ def prepare(
 
 
 def usual_recipe(dataset: str, **given: Any) -> Recipe:
-    """The recipe of a data set's own choosing, but for the fields that are given."""
+    """Returns the usual recipe of a data set with the given fields replaced."""
     return Recipe(**{**datasets.load_dataset(dataset).RECIPE, **given})
 
 
 def places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
-    """Where to read from and write to, each defaulting to a folder in the other."""
+    """Returns the folders to read from and to write to; each defaults to a folder in the other."""
     if dataset == "demo" and out and not root:
         root = os.path.join(out, "corpus")
     if not root:
@@ -131,7 +131,7 @@ def places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
 
 
 def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
-    """Whether a directory is prepared already; UserError when it is, but otherwise than wanted."""
+    """Returns whether a directory is prepared already; raises UserError if not as wanted now."""
     if not outages.exists(directory / "metadata.json") and (
         prepared.work_directory(directory) == directory or not outages.exists(directory)
     ):
@@ -141,15 +141,16 @@ def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:
     if speech.source and str(speech) != found:
         raise UserError(
             f"{directory} was prepared with other transcripts than are wanted now: wanted "
-            f"{str(speech)!r}, found {found!r}. Prepare into another --out."
+            f"{str(speech)!r}, found {found!r}. Prepare into another --out, or leave out "
+            "--transcripts to use it as it is."
         )
-    prepared.clean_up(directory)  # which whoever completed it may have had no time to do
+    prepared.clean_up(directory)  # the process that completed it may have been killed before that
     print(f"Already prepared, nothing to do: {directory}")
     return True
 
 
 def _make_demo_corpus(root: str, workers: int) -> None:
-    """Makes the demo corpus, or what an interruption left out of it; nothing when it is there."""
+    """Makes the files of the demo corpus that are missing."""
     from data_pipelines import demo_corpus
 
     demo_corpus.generate(root, seed=0, workers=workers)

@@ -2,13 +2,13 @@
 
 python -m data_pipelines.prepare DATASET --root=DIR [--out=DIR] [--variant=NAME] [...]
 
-A prepared directory is `OUT/DATASET/VARIANT/1.0.0/`. Beside TFDS's own files it holds
-`index-SPLIT.json`, all that training start-up needs of the records without reading them, and
-`problems.csv`, which names everything that was not as it should be. Until it is complete it is
-called `1.0.0.incomplete`, and `1.0.0.progress` holds what is known of its finished shards; in an
-object store, where nothing can be renamed, it is complete once it has its `metadata.json`.
+A prepared directory is `OUT/DATASET/VARIANT/1.0.0/`. Besides TFDS's own files it holds
+`index-SPLIT.json`, all that training needs to start without reading the records, and
+`problems.csv`, which names every fault that was found. Until it is complete it is called
+`1.0.0.incomplete`, and `1.0.0.progress` records its finished shards; in an object store, where
+nothing can be renamed, it is complete once it has its `metadata.json`.
 
-Whatever ends a preparation, the same command goes on from there.
+After an interruption, the same command resumes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from etils import epath
@@ -31,18 +31,19 @@ from data_pipelines.preparation import (
 )
 from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.tables import table
+from data_pipelines.tables import counted, table
 from save_jax.errors import UserError, exit_codes
 
 _RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames", "encoding")
 
 
 def summary(directory: epath.Path) -> str:
-    """What a prepared directory holds and what went wrong, as a table of one line a split."""
+    """Formats what a prepared directory holds and what went wrong, with one row per split."""
     recorded = metadata(directory)
     lines = [table(recorded["counts"])]
     if recorded["problems"]:
-        lines.append(f"{recorded['problems']} problems; each is in {directory / 'problems.csv'}")
+        problems = counted(recorded["problems"], "problem")
+        lines.append(f"{problems}, listed in {directory / 'problems.csv'}")
     return "\n".join(lines)
 
 
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except ModuleNotFoundError as error:
         raise UserError(
-            f"preparing needs the package {error.name!r}: pip install -e '.[prepare]', in the "
-            "checkout"
+            f"preparing needs the package {error.name!r}: pip install -e '.[prepare]' in a clone "
+            "of save_jax"
         ) from error
     except Exception as error:
         if isinstance(error, UserError) or not outages.is_outage(error):
@@ -88,43 +89,54 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.prepare",
-        description="Turns a data set's raw videos into what training and evaluation read.",
-        epilog="Exit codes: 0: done (--verify: nothing stops training). 1: --verify found what "
-        "stops training. 2: a mistake in what was given; the message says what to do. 75: "
-        "interrupted, by a signal or because a disk, memory, the network or a store failed; the "
-        "same command goes on from there.",
+        description="Turns a data set's raw videos into the arrays that training reads.",
+        epilog="Exit codes: 0: done (--verify: nothing stops training). 1: --verify found "
+        "something that stops training, or a fault of the program (with a traceback). 2: a mistake "
+        "in the flags or the files; the message says what to do. 75: interrupted, by a signal or "
+        "because a disk, memory, the network or a store failed: run the same command again to "
+        "resume.",
     )
     add = parser.add_argument
     add("dataset", help=f"one of: {', '.join(sorted(datasets.DATASETS))}")
-    add("--root", default="", help="the data set's files (demo: OUT/corpus, made when not there)")
-    add("--out", default="", help="where to write; default: ROOT/prepared")
-    add("--variant", default="", help="default: the data set's first")
+    add("--root", default="", help="folder of the data set's files (demo: default OUT/corpus)")
+    add("--out", default="", help="folder to write to; default: ROOT/prepared")
+    add(
+        "--variant", default="", help="variant, such as 7k of msrvtt; default: the data set's first"
+    )
     usual = Recipe()
     for field, words in (
         ("image_size", "height and width of a frame, in pixels"),
-        ("max_frames", "most frames of a clip"),
-        ("frames_per_second", "candidates for them"),
-        ("fbank_frames", "length of a clip's filterbank"),
+        ("max_frames", "most frames to keep per clip"),
+        ("frames_per_second", "candidate frames per second of video"),
+        ("fbank_frames", "length of a clip's filterbank, in frames"),
     ):
         add(
             f"--{field}",
             type=int,
             help=f"{words}; default: the data set's, or {getattr(usual, field)}",
         )
-    add("--encoding", choices=("jpeg", "raw"), help=f"of frames; default: {usual.encoding}")
-    add("--workers", type=int, default=0, help="processes; default: one a processor")
-    add("--strict", action="store_true", help="stop at the first thing that is not as it should be")
+    add(
+        "--encoding",
+        choices=("jpeg", "raw"),
+        help=f"how to store frames; default: {usual.encoding}",
+    )
+    add("--workers", type=int, default=0, help="processes; default: one per processor")
+    add("--strict", action="store_true", help="stop at the first problem instead of counting it")
     add(
         "--transcripts",
         choices=TRANSCRIPTS,
         default="",
-        help="where they are from; default: the data set's file if it is there, or else Whisper",
+        help="their source; default: the data set's file if there is one, otherwise Whisper",
     )
-    add("--whisper", default="large-v3", help="model id or directory; default: %(default)s")
+    add(
+        "--whisper",
+        default="large-v3",
+        help="Whisper's model id or directory; default: %(default)s",
+    )
     add("--translate", action="store_true", help="have Whisper translate to English")
-    add("--imagebind", default="", help="imagebind_huge.pth, to compute vectors that are absent")
-    add("--beam_runner", choices=BEAM_RUNNERS, default="", help="prepare with Apache Beam")
-    add("--beam_options", default="", help='Beam\'s own options: "--key=value ..."')
+    add("--imagebind", default="", help="imagebind_huge.pth, to compute missing teacher vectors")
+    add("--beam_runner", choices=BEAM_RUNNERS, default="", help="prepare with Apache Beam on it")
+    add("--beam_options", default="", help='options of the runner: "--key=value ..."')
     add(
         "--verify",
         action="store_true",
@@ -135,7 +147,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _verify(options: argparse.Namespace) -> bool:
-    """Checks what is prepared and, as far as there is a root, the data set's files."""
+    """Checks what is prepared and, if there is a root, the data set's files."""
     from data_pipelines.verify import verify
 
     dataset = options.dataset
@@ -150,8 +162,8 @@ def _verify(options: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Makes SIGTERM end the work as Ctrl-C does, and nothing end the ending."""
+def _terminable() -> Generator[None]:
+    """Makes SIGTERM act like Ctrl-C, and ignores both once the work is being ended."""
 
     def interrupt(*_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

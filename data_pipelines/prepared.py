@@ -1,4 +1,4 @@
-"""A prepared directory: what it records of itself, and where what belongs to it lies."""
+"""A prepared directory: its metadata, and the paths of what belongs to it."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from save_jax.files import is_remote
 
 
 def prepared_by(directory: epath.Path) -> Recipe:
-    """Reads the recipe of a prepared directory; UserError when it is not one."""
+    """Reads the recipe of a prepared directory; raises UserError when it is not one."""
     try:
         with outages.reaching(directory):
             recorded = (directory / "metadata.json").read_text()
@@ -26,31 +26,31 @@ def prepared_by(directory: epath.Path) -> Recipe:
 
 
 def metadata(directory: epath.Path) -> dict[str, Any]:
-    """What a prepared directory records of itself: recipe, transcripts, counts, problems."""
+    """Reads the metadata of a prepared directory: recipe, transcripts, counts, problems."""
     return json.loads((directory / "metadata.json").read_text())
 
 
 def work_directory(directory: epath.Path) -> epath.Path:
-    """What a directory is called until it is complete: another name, where it can be renamed."""
+    """Returns the path of a directory until it is complete; buckets cannot rename, so the same."""
     if is_remote(directory):
         return directory
     return directory.with_name(f"{directory.name}.incomplete")
 
 
 def notes_directory(directory: epath.Path) -> epath.Path:
-    """Where it is noted which shards of a directory are done, until all of it is."""
+    """Returns the folder that records which shards are done, until the directory is complete."""
     return directory.with_name(f"{directory.name}.progress")
 
 
 def lock_path(directory: epath.Path) -> epath.Path:
-    """The file by which a process holds a directory (`locks.hold`) while it prepares it."""
+    """Returns the file that a process locks (`locks.hold`) while it prepares a directory."""
     return directory.with_name(f"{directory.name}.lock")
 
 
 def clean_up(directory: epath.Path) -> None:
-    """Removes what a directory that is complete needs no more."""
-    with contextlib.suppress(OSError):  # it is not there; or it is not for us to write there
+    """Removes what a complete directory no longer needs."""
+    with contextlib.suppress(OSError):  # it is absent, or we may not write there
         notes_directory(directory).rmtree()
-    # Should another process hold the lock still, then to find out what is known here.
+    # A process that still holds the lock does so only to find that the directory is complete.
     with contextlib.suppress(Exception):  # each kind of store has its own
         lock_path(directory).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The recipe that made a prepared directory: recorded when writing, checked when reading.
 
-A model trained on 224-pixel frames must not silently read 112-pixel ones; nor may two spellings of
-the filterbank meet in one experiment. Whatever changes the stored arrays is a field here.
+A model trained on 224-pixel frames must not silently read 112-pixel ones, nor may two versions of
+the filterbank be mixed in one experiment. Whatever changes the stored arrays is a field here.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from save_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What decides the stored arrays of a clip (spec section 1).
+    """The settings that decide the stored arrays of a clip (spec section 1).
 
     Attributes:
         image_size: height and width of a stored frame, in pixels.
-        max_frames: F, the most frames kept of a clip.
-        frames_per_second: candidates a second of video, of which at most `max_frames` are kept.
+        max_frames: F, the most frames kept per clip.
+        frames_per_second: candidate frames per second of video; at most `max_frames` are kept.
         encoding: "jpeg" (quality 95) or "raw" (a frame's bytes), how a frame is stored.
-        fbank_frames: T, filterbank frames a clip; the frame shift is duration / T.
+        fbank_frames: T, filterbank frames per clip; the frame shift is duration / T.
         mel_bins: M, mel bins.
         teacher_size: length of a teacher vector.
         version: raised whenever the code that makes the arrays changes what it makes.
@@ -38,10 +38,12 @@ class Recipe:
     version: int = 1
 
     def to_json(self) -> str:
+        """Writes the recipe as JSON; equal recipes give equal text."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
+        """Reads what `to_json` wrote."""
         return cls(**json.loads(text))
 
     def check(self, expected: dict[str, int | str], where: str) -> None:
@@ -53,13 +55,13 @@ class Recipe:
                 f"  {k}: wanted {w}, prepared with {f}" for k, (w, f) in sorted(differing.items())
             ]
             raise UserError(
-                f"{where} was prepared with another recipe than is wanted now:\n"
+                f"{where} was prepared with other settings than are wanted now:\n"
                 + "\n".join(lines)
-                + "\nPrepare again into another directory (python -m data_pipelines.prepare --help)"
-                " or change what is wanted."
+                + "\nPrepare again into another --out with the wanted settings (flags: python -m "
+                "data_pipelines.prepare --help), or change the wanted ones."
             )
 
 
 def version_directory(out: str, dataset: str, variant: str, version: int) -> epath.Path:
-    """Where a data set prepared by a recipe of `version` lies: TFDS's layout."""
+    """Returns the directory of a data set prepared by a recipe of `version`, in TFDS's layout."""
     return epath.Path(out) / dataset / variant / f"{version}.0.0"

@@ -1,7 +1,7 @@
-"""Everything about a data set's clips that comes before their frames and sound.
+"""A data set's annotations, transcripts and teacher vectors: all that precedes frames and sound.
 
-Its annotations, what is said in its clips, and the teacher's vectors: what is not there is made
-here, by Whisper and by ImageBind, beside the prepared data, so that it can be used again.
+Missing transcripts and vectors are made here, by Whisper and by ImageBind, and stored beside the
+prepared data so that they can be reused.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ from typing import NamedTuple
 from data_pipelines import datasets, outages
 from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.transcripts import read_asr
+from data_pipelines.tables import counted
 from save_jax.errors import UserError
 
 
 class Speech(NamedTuple):
-    """Where transcripts are from.
+    """The source of transcripts.
 
     Attributes:
-        source: "file", "whisper" or "none"; "" = the data set's file if it is there, or else
+        source: "file", "whisper" or "none"; "" = the data set's file if there is one, otherwise
             Whisper.
         model: Whisper's model, an id or a local directory.
         translate: whether Whisper translates other languages to English.
@@ -36,7 +37,7 @@ class Speech(NamedTuple):
 
     @property
     def model_name(self) -> str:
-        """The model's name, such that it can be part of a file's."""
+        """The model's name, in a form that can be part of a file name."""
         if os.path.isdir(self.model):
             return os.path.basename(os.path.abspath(self.model))
         return self.model.replace("/", "--")
@@ -47,9 +48,9 @@ class Sources(NamedTuple):
 
     Attributes:
         splits: the clips of each split.
-        problems: what is wrong with it so far.
+        problems: the faults found so far.
         unheard: how many clips of each split have no entry among the transcripts.
-        speech: where these are from.
+        speech: the source of the transcripts.
     """
 
     splits: dict[str, list[Clip]]
@@ -75,11 +76,15 @@ def read(
         dataset: the data set's name.
         variant: one of its variants.
         root: the folder of its files.
-        out: the folder for what is prepared; what is made here goes to OUT/DATASET/.
-        speech: where transcripts are from.
+        out: the folder for prepared data; what is made here goes to OUT/DATASET/.
+        speech: the source of transcripts.
         imagebind: path of imagebind_huge.pth; "" = no vectors are made.
-        workers: processes to do it in; 0 = as many as there are processors.
+        workers: number of processes; 0 = one per processor.
         strict: raise UserError on the first problem.
+
+    Raises:
+        UserError: a file that is needed is absent or malformed, or with `strict`, any is faulty.
+        OutageError: the machine, its network or a store fails.
     """
     module = datasets.load_dataset(dataset)
     annotations = module.read_annotations(root, variant)
@@ -111,13 +116,13 @@ def read(
 
 
 def check(dataset: str, problems: list[Problem], strict: bool) -> None:
-    """Raises UserError for the first problem, if there is one and `strict` says so."""
+    """Raises UserError for the first problem, if there is one and `strict` is set."""
     if strict and problems:
         split, name, words = problems[0]
         where = f"{dataset}, split {split!r}, clip {name}" if split else f"{dataset}, {name}"
         raise UserError(
-            f"{where}: expected usable files, found: {words}. Mend the file, or prepare without "
-            "--strict."
+            f"{where}: expected usable files, found: {words}. Repair or remove the file, or "
+            "prepare without --strict."
         )
 
 
@@ -129,7 +134,7 @@ def announce(stage: str, words: str) -> None:
 def _read_speech(
     asr_file: str, clips: list[Clip], folder: str, speech: Speech, workers: int, strict: bool
 ) -> tuple[Speech, dict[str, str], Sequence[Problem]]:
-    """What is said in each clip that has an entry; and where that was found."""
+    """Returns the source of the transcripts, the text of each clip that has one, and problems."""
     if not speech.source:
         there = outages.exists(asr_file)
         speech = speech._replace(source="file" if there else "whisper")
@@ -138,7 +143,7 @@ def _read_speech(
         return speech, {}, ()
     if speech.source == "file":
         texts = read_asr(asr_file)
-        announce("transcripts", f"{len(texts)} of {asr_file}")
+        announce("transcripts", f"{len(texts)} from {asr_file}")
         return speech, texts, ()
 
     from data_pipelines.modalities import whisper
@@ -147,7 +152,7 @@ def _read_speech(
     path = os.path.join(folder, name)
     announce(
         "transcripts",
-        f"by Whisper {speech.model} into {path}, which can be copied to {asr_file}",
+        f"made by Whisper {speech.model}, into {path}; copy it to {asr_file} to reuse it",
     )
     summary = whisper.transcribe(
         clips,
@@ -164,31 +169,31 @@ def _read_speech(
 def _find_vectors(
     clips: list[Clip], folder: str, imagebind: str, workers: int, strict: bool
 ) -> tuple[dict[str, Clip], Sequence[Problem]]:
-    """The clips by their ids, with the vectors that are there or can be made."""
+    """Returns the clips by id, with the vectors that exist or can be made, and problems."""
     given = {clip.video_id: clip for clip in clips}
     lacking = sum(not (clip.teacher_video and clip.teacher_audio) for clip in clips)
     if not imagebind:
         announce(
-            "affinities",
-            f"{lacking} of {len(clips)} clips lack a vector of ImageBind's"
+            "teacher vectors",
+            f"missing for {lacking} of {counted(len(clips), 'clip')}"
             + ("; --imagebind=imagebind_huge.pth would compute them" if lacking else ""),
         )
         return given, ()
 
-    # Here alone does preparation need the model's side: JAX, and PyTorch's files.
+    # Only this part of preparation needs the model: JAX, and a reader of PyTorch's files.
     from data_pipelines.modalities import teacher
     from save_jax.models.imagebind import VARIANTS, make_embed
     from save_jax.weights.names.imagebind import loader
 
     folder = os.path.join(folder, "ImageBind")
-    announce("affinities", f"ImageBind's vectors that {lacking} clips lack, into {folder}")
+    announce("teacher vectors", f"made by ImageBind for {counted(lacking, 'clip')}, into {folder}")
     embed = make_embed(VARIANTS["huge"], loader(imagebind))
     computed, problems = teacher.compute(clips, folder, embed, workers=workers, strict=strict)
     return given | {clip.video_id: clip for clip in computed}, problems
 
 
 def _in_splits(problems: Sequence[Problem], splits: dict[str, list[Clip]]) -> Iterator[Problem]:
-    """The problems of clips, with the splits that these clips are in."""
+    """Yields the problems of clips, once for each split that the clip is in."""
     homes: dict[str, list[str]] = {}
     for split, clips in splits.items():
         for clip in clips:
@@ -199,7 +204,7 @@ def _in_splits(problems: Sequence[Problem], splits: dict[str, list[Clip]]) -> It
 
 
 def _unique(splits: dict[str, list[Clip]]) -> list[Clip]:
-    """The clips of all splits in order, those in more than one of them once."""
+    """Returns the clips of all splits in order, each id once."""
     clips: dict[str, Clip] = {}
     for its_clips in splits.values():
         for clip in its_clips:

@@ -16,8 +16,8 @@ from data_pipelines.storage.local_copies import local_copies
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
-# A split has up to 512 files of records, and training reads one while evaluation reads another: the
-# usual limit of 1,024 open files is too low for that, and a process may raise it to the hard one.
+# A split has up to 512 files of records, and training reads one split while evaluation reads
+# another: the usual soft limit of 1,024 open files is too low, and a process may raise it.
 _ENOUGH_FILES = 65_536
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 _most = _ENOUGH_FILES if _hard == resource.RLIM_INFINITY else min(_hard, _ENOUGH_FILES)
@@ -85,14 +85,14 @@ def open_split(
     """Opens a split that data_pipelines.prepare has written.
 
     Args:
-        data_dir: the folder that was prepare's --out.
+        data_dir: the --out of data_pipelines.prepare.
         dataset: the data set's name.
         variant: the name of its variant.
         split: "train", "val" or "test".
         expected_recipe: fields of Recipe, and the values that the model needs.
 
     Raises:
-        UserError: it is not prepared, was prepared by another recipe, or lacks files.
+        UserError: the split is not prepared, was prepared by another recipe, or lacks files.
     """
     directory = version_directory(data_dir, dataset, variant, Recipe.version)
     if not (directory / "metadata.json").exists():
@@ -105,7 +105,8 @@ def open_split(
             f"expected {dataset} {variant} prepared in {data_dir}, did not find "
             f"{directory / 'metadata.json'}. Prepare it with\n  python -m data_pipelines.prepare "
             f"{dataset} --root=ROOT --out={data_dir} --variant={variant}{flags}\n"
-            "ROOT being the folder of the data set's own files; or point data.dir to where it is."
+            "where ROOT is the folder of the data set's own files; or set --config.data.dir to the "
+            "folder where it is prepared."
         )
     recipe = prepared_by(directory)
     recipe.check(expected_recipe, str(directory))
@@ -150,7 +151,8 @@ def _read_index(directory: epath.Path, split: str) -> list[dict]:
         there = sorted(p.stem.removeprefix("index-") for p in directory.glob("index-*.json"))
         raise UserError(
             f"expected the split {split!r} in {directory}, did not find {path.name}; the splits "
-            f"there: {', '.join(there) or 'none'}."
+            f"there: {', '.join(there) or 'none'}. --config.data.train_split and "
+            "--config.data.eval_split choose among them."
         )
     try:
         return json.loads(path.read_text())
@@ -162,9 +164,9 @@ def _read_index(directory: epath.Path, split: str) -> list[dict]:
 
 
 def _record_paths(directory: epath.Path, split: str) -> list[str]:
-    """The files of a split's records, in order; UserError naming those that are not there.
+    """Returns the files of a split's records, in order; raises UserError naming absent ones.
 
-    array_record reads local files only, and at random: of remote ones, the paths are of copies.
+    array_record reads local files only, in random order: of remote files, these are local copies.
     """
     info = tfds.builder_from_directory(directory).info.splits[split]
     paths = [os.fspath(path) for path in info.filepaths]

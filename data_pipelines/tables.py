@@ -1,8 +1,13 @@
-"""Counts as text."""
+"""Formats counts as text."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Formats a number with its noun: "1 clip", "2 clips"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def table(counts: dict[str, dict[str, int]]) -> str:
-    """A line a split, a column a kind; every split has the same kinds."""
+    """Formats counts: one row per split, one column per kind; all splits have the same kinds."""
     columns = list(next(iter(counts.values())))
     rows = [["split", *columns]]
     rows += [[split, *(str(its[column]) for column in columns)] for split, its in counts.items()]

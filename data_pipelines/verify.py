@@ -1,4 +1,4 @@
-"""What training would lack: a prepared directory and a data set's files, checked, on one screen."""
+"""Checks a prepared directory and a data set's files, and prints what training would lack."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,12 +21,12 @@ from data_pipelines.modalities import teacher, teacher_files
 from data_pipelines.modalities.transcripts import read_asr
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
-from data_pipelines.tables import table
+from data_pipelines.tables import counted, table
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
-_EXAMPLES = 3  # names given of each kind of thing that is absent
-_MOST_LINES = 8  # of what stops training
+_EXAMPLES = 3  # clips named per kind of fault
+_MOST_LINES = 8  # printed about what stops training
 
 
 def verify(
@@ -34,16 +34,16 @@ def verify(
 ) -> bool:
     """Prints what is prepared, what the data set's files lack, and what stops training.
 
-    Every record is read and parsed, which also checks its checksum, and its first frame decoded;
-    every vector of the teacher is read. Videos are only looked for.
+    Every record is read and parsed, which also verifies its checksum, and its first frame decoded;
+    every vector of the teacher is read. Videos are only checked for existence.
 
     Args:
         directory: the prepared directory, which may be absent.
-        recipe: what it was prepared by; None = it is not there, or not complete.
+        recipe: what it was prepared by; None = it is absent or incomplete.
         dataset: the data set's name.
         variant: the name of its variant.
-        root: the folder of its files; "" = only what is prepared is checked.
-        out: the folder of what is prepared.
+        root: the folder of its files; "" = check only what is prepared.
+        out: the folder of prepared data sets.
 
     Returns:
         Whether nothing stops training.
@@ -51,7 +51,7 @@ def verify(
     stops: list[str] = []
     prepared: dict[str, list[dict[str, Any]]] = {}
     if recipe is None:
-        stops.append(f"{directory} is not prepared, or not completely")
+        stops.append(f"{directory} is not prepared, or not completely: run without --verify")
     else:
         prepared = _check_prepared(directory, recipe, stops)
     if root:
@@ -60,7 +60,7 @@ def verify(
         except UserError as error:
             print(f"{root}: {error}")
     if recipe and not any(entry["captions"] for entry in prepared.get("train", [])):
-        stops.append("no clip of a split 'train' has a caption: there is nothing to train on")
+        stops.append("no clip of the split 'train' has a caption: there is nothing to train on")
     if not stops:
         print("Nothing stops training.")
         return True
@@ -78,7 +78,7 @@ def _check_prepared(
     """Prints what is prepared; returns the index of each split that has one."""
     try:
         info = tfds.builder_from_directory(os.fspath(directory)).info
-    except Exception as error:  # a damaged file may bring up anything
+    except Exception as error:  # a damaged file may raise anything
         outages.pass_on(error, directory)
         stops.append(f"{directory}: TFDS cannot read its metadata: {_first_line(error)}")
         return {}
@@ -120,7 +120,7 @@ def _check_prepared(
 def _check_records(
     path: epath.Path, expected: Sequence[dict[str, Any]], recipe: Recipe
 ) -> tuple[int, list[str]]:
-    """How many records of a file are as the index says, and what is wrong, in words."""
+    """Returns how many records of a file match the index, and what is wrong with the others."""
     if not outages.exists(path):
         return 0, ["the file is absent"]
     with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
@@ -145,17 +145,22 @@ def _check_records(
 
 
 def _wrong_record(records: Any, position: int, entry: dict[str, Any], recipe: Recipe) -> str | None:
+    """Describes what is wrong with a record; None when nothing is."""
     try:
-        record = tfds_format.features(recipe).deserialize_example_np(records[position])
-    except Exception as error:  # a damaged file may bring up anything
+        example = tfds_format.features(recipe).deserialize_example_np(records[position])
+    except Exception as error:  # a damaged file may raise anything
         outages.pass_on(_told(error), "the records")
         return f"it cannot be read: {_first_line(error)}"
+    record = cast("dict[str, Any]", example)
     video_id = record["video_id"].decode()
     if video_id != entry.get("video_id"):
-        return f"the index has {entry.get('video_id')!r} there, the file {video_id!r}"
+        return f"expected the clip {entry.get('video_id')!r} of the index, found {video_id!r}"
     frames = record["frames"]
     if not 1 <= len(frames) == record["num_frames"] <= recipe.max_frames:
-        return f"it has {len(frames)} frames, and says {record['num_frames']}"
+        return (
+            f"expected 1 to {recipe.max_frames} frames and their number, found "
+            f"{counted(len(frames), 'frame')} and the number {record['num_frames']}"
+        )
     size = recipe.image_size
     try:
         if recipe.encoding == "raw":
@@ -179,7 +184,7 @@ def _check_files(
     out: str,
     prepared: dict[str, list[dict[str, Any]]] | None,
 ) -> None:
-    """Prints what the data set's own files lack, against each other and what is prepared."""
+    """Prints which of the data set's own files are missing, and which clips are not prepared."""
     module = datasets.load_dataset(dataset)
     annotations = module.read_annotations(root, variant)
     asr = module.asr_file(root)
@@ -212,16 +217,16 @@ def _check_files(
     print(f"{root}:")
     print(table(counts))
     if spoken is None:
-        print(f"There is no file of transcripts, {asr}: Whisper would make them.")
+        print(f"There is no file of transcripts at {asr}: preparing would make one with Whisper.")
     for kind, names in absent.items():
         print(f"{kind}: {_some(names)}")
     if annotations.problems:
         words = [f"{name}: {words}" for _, name, words in annotations.problems]
-        print(f"{len(words)} problems of the annotations: {_some(words)}")
+        print(f"{counted(len(words), 'problem')} of the annotations: {_some(words)}")
 
 
 def _lacking(clip: Clip, computed: str) -> Iterator[str]:
-    """What a clip lacks among the data set's files."""
+    """Yields what is missing or bad among a clip's files."""
     if not outages.exists(clip.video):
         yield "video absent"
     kinds = set()
@@ -240,13 +245,14 @@ def _lacking(clip: Clip, computed: str) -> Iterator[str]:
 
 
 def _some(names: Sequence[str]) -> str:
+    """Joins the first few names and says how many there are."""
     return ", ".join(names[:_EXAMPLES]) + (
         f", … ({len(names)} in all)" if len(names) > _EXAMPLES else ""
     )
 
 
 def _told(error: Exception) -> Exception:
-    """The system's error, where array_record has it in its words."""
+    """Returns the system's error where array_record only quotes it, else the error itself."""
     told = tfds_format.system_error(error) if isinstance(error, RuntimeError) else None
     return told or error
 

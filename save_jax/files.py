@@ -43,7 +43,7 @@ def path(where: str | os.PathLike) -> Path:
         raise UserError(
             f"{where}: expected a path that can be opened, found that its kind of store needs a "
             f"package that is not installed ({error}). Install gcsfs for gs://, s3fs for s3://: "
-            "pip install 'save_jax[remote]'"
+            "pip install -e '.[remote]' in the project's folder"
         ) from error
     except Exception as error:  # each kind of store has its own for no network, no rights, no name
         raise unreachable(where, error) from error
@@ -55,8 +55,8 @@ def unreachable(where: str | os.PathLike, error: Exception) -> UserError | Outag
     said = f"{where} cannot be reached ({type(error).__name__}: {error})."
     if is_outage(error) and not _is_refusal(error):
         return OutageError(
-            f"{said} That is the fault of the network or the store: when it answers again, the "
-            "same command goes on."
+            f"{said} That is the fault of the network or the store: when it answers again, "
+            "run the same command again to resume."
         )
     return UserError(f"{said} Are its name, the network and the credentials of this machine right?")
 

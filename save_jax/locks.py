@@ -167,8 +167,8 @@ def _locked(directory: Path, path: Path, wait: bool) -> int:
                 continue
             if is_outage(error) and error.errno not in NO_SPACE:
                 raise OutageError(
-                    f"{directory} cannot be locked: {error}. When the disk works again, the same "
-                    "command goes on."
+                    f"{directory} cannot be locked: {error}. When the disk works again, run "
+                    "the same command again to resume."
                 ) from error
             raise UserError(
                 f"{directory}: expected a directory to write to, found: {error}. Choose another."
@@ -235,8 +235,8 @@ def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Generator[No
                 print(f"warning: {path} cannot be renewed: {error}", file=sys.stderr)
         print(
             f"interrupted: {directory} was taken over by {other.get('holder')}, because this "
-            "process could not renew its lease there. Stopped; once that has ended, the same "
-            "command goes on.",
+            "process could not renew its lease there. Once that process has ended, run the same "
+            "command again to resume.",
             file=sys.stderr,
             flush=True,
         )

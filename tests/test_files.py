@@ -140,7 +140,9 @@ def test_a_store_that_does_not_answer_is_an_outage(store, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(object_store.ObjectStore, "exists", fail)
-    with pytest.raises(OutageError, match=r"gs://bucket/run cannot be reached .*command goes on"):
+    with pytest.raises(
+        OutageError, match=r"gs://bucket/run cannot be reached .*command again to resume"
+    ):
         files.path("gs://bucket/run")
 
 
@@ -175,7 +177,7 @@ def test_a_run_that_a_store_does_not_let_begin(store, monkeypatch, capsys, code,
         (PermissionError("Forbidden"), "cannot be reached"),
         (OSError("no route to host"), "gs://bucket/run cannot be reached .*no route to host"),
         (ValueError("Bucket is requester pays"), "cannot be reached .*requester pays"),
-        (ImportError("no gcsfs"), "gs://bucket/run.*no gcsfs.*save_jax.remote"),
+        (ImportError("no gcsfs"), "gs://bucket/run.*no gcsfs.*pip install -e .*remote"),
     ],
 )
 def test_a_store_that_cannot_be_reached(store, monkeypatch, error, message):

@@ -1,8 +1,8 @@
 """Reads annotation files as people have them: CSV, tab-separated, JSON and lists of ids.
 
-A byte-order mark and Windows line ends are tolerated. A file that is not what it should be raises
-UserError, with the line where there is one; a single row that is not is left out, and named in
-`problems`. Paths may be remote.
+A byte-order mark and Windows line ends are tolerated. A malformed file raises UserError, with the
+line if there is one; a single malformed row is left out and named in `problems`. Paths may be
+remote.
 """
 
 import csv
@@ -22,12 +22,12 @@ Row = tuple[int, dict[str, str]]  # the line it begins in, from 1, and its cells
 
 
 def require(root: str, files: Sequence[str], owner: str) -> None:
-    """Raises UserError naming those of the `files` below `root` that do not exist.
+    """Raises UserError naming the `files` below `root` that do not exist.
 
     Args:
         root: the data set's folder.
         files: paths in it.
-        owner: whose files they are, for the message, such as "MSR-VTT's".
+        owner: the data set in the message, such as "MSR-VTT's".
     """
     paths = [os.path.join(root, file) for file in files]
     absent = [path for path in paths if not outages.exists(path)]
@@ -46,13 +46,13 @@ def read_csv(
 
     Args:
         path: the file.
-        columns: those that it must have; others are kept too.
-        problems: gets those rows that are left out: without a value in one of the columns, or with
+        columns: the columns that it must have; others are kept too.
+        problems: gets the rows that are left out: without a value in one of the columns, or with
             more cells than there are columns, as an unquoted comma makes them.
-        blank: those of the columns in which a row may have no value.
+        blank: the columns in which a row may have no value.
 
     Raises:
-        UserError: it is no such file, lacks a column, or has no usable row.
+        UserError: it is not such a file, lacks a column, or has no usable row.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     rows: list[Row] = []
@@ -91,7 +91,7 @@ def read_csv(
 
 
 def grouped(rows: Sequence[Row], key: str, value: str) -> dict[str, list[str]]:
-    """The values of one column for each value of another, in the order of the rows."""
+    """Collects the values of one column for each value of another, in the order of the rows."""
     values: dict[str, list[str]] = {}
     for _, row in rows:
         values.setdefault(row[key], []).append(row[value])
@@ -99,15 +99,15 @@ def grouped(rows: Sequence[Row], key: str, value: str) -> dict[str, list[str]]:
 
 
 def read_tsv(path: str, columns: Sequence[str], problems: list[Problem]) -> list[Row]:
-    """Reads a tab-separated file without a line of names, in which quotes mean nothing.
+    """Reads a tab-separated file without a header, in which quotes have no meaning.
 
     Args:
         path: the file.
-        columns: what its columns hold; every row must have a value in the first and the last.
-        problems: gets those rows that are left out.
+        columns: the names of its columns; every row must have a value in the first and the last.
+        problems: gets the rows that are left out.
 
     Raises:
-        UserError: it is no such file, or has no usable row.
+        UserError: it is not such a file, or has no usable row.
     """
     rows: list[Row] = []
     wrong: list[Problem] = []
@@ -124,7 +124,7 @@ def read_tsv(path: str, columns: Sequence[str], problems: list[Problem]) -> list
 
 
 def read_list(path: str, problems: list[Problem]) -> list[str]:
-    """Reads ids, one a line; those listed again are left out and named in `problems`.
+    """Reads ids, one per line; repeated ones are left out and named in `problems`.
 
     Raises:
         UserError: it is not a text file, or there are none.
@@ -135,12 +135,12 @@ def read_list(path: str, problems: list[Problem]) -> list[str]:
             problems.append(("", path, f"line {line} left out: {text.strip()} is listed before"))
         ids[text.strip()] = None
     if not ids:
-        raise UserError(f"{path}: expected one clip's id a line, found none. Is it complete?")
+        raise UserError(f"{path}: expected one clip id per line, found none. Is it complete?")
     return list(ids)
 
 
 def read_json(path: str, expected: str) -> Any:
-    """Reads a JSON file; UserError saying what was `expected`, and where it is malformed."""
+    """Reads a JSON file; raises UserError with what was `expected` and where it is malformed."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -154,7 +154,7 @@ def read_text(path: str) -> str:
     """Reads a text in UTF-8, without its byte-order mark.
 
     Raises:
-        UserError: it is absent, or is no such text.
+        UserError: it is absent, or is not such a text.
         OutageError: it cannot be read now.
     """
     try:
@@ -176,15 +176,16 @@ def read_text(path: str) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not empty, with their numbers from 1."""
-    # str.splitlines would also split at characters that may stand in a caption.
+    """Returns the lines of a file that are not empty, with their numbers from 1."""
+    # str.splitlines would also split at characters that may occur in a caption.
     lines = io.StringIO(read_text(path), newline=None)
     return ((number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _usable(path: str, rows: list[Row], wrong: list[Problem], problems: list[Problem]) -> list[Row]:
+    """Returns the rows and adds the wrong ones to the problems; UserError if all are wrong."""
     if not rows:
-        reason = wrong[0][2] if wrong else "found none"
-        raise UserError(f"{path}: expected one row a clip or caption; {reason}.")
+        reason = f"none usable: {wrong[0][2]}" if wrong else "none"
+        raise UserError(f"{path}: expected one row per clip or caption, found {reason}.")
     problems += wrong
     return rows

@@ -15,14 +15,14 @@ _SPLITS = {
 
 
 def asr_file(root: str) -> str:
-    """Where the layout keeps what is said in the clips; it need not exist."""
+    """Returns the path of the layout's file of transcripts, which need not exist."""
     return os.path.join(root, "charades_vad_text.json")
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which clips there are and what is said about them.
+    """Reads the clips and their captions.
 
-    A clip's frames are all the images in ROOT/ImageData/ID/ where there is that folder, else they
+    A clip's frames are all images in the folder ROOT/ImageData/ID/ if there is one, otherwise they
     come from its video.
 
     Args:
@@ -33,7 +33,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
         The clips of "train" and "test", each with its script as its caption.
 
     Raises:
-        UserError: a file is absent (every absent one is named) or is not what it should be.
+        UserError: a file is absent (every absent one is named) or malformed.
     """
     annotations.require(root, list(_SPLITS.values()), "Charades'")
     problems: list[Problem] = []

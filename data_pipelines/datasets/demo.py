@@ -10,16 +10,16 @@ from save_jax.errors import UserError
 VARIANTS = ("default",)
 RECIPE: dict[str, int] = {}
 
-_REMEDY = "Make or complete the corpus: python -m data_pipelines.prepare demo"
+_REMEDY = "Make or complete the corpus: python -m data_pipelines.prepare demo --root=%s"
 
 
 def asr_file(root: str) -> str:
-    """Where the corpus keeps what is said in its clips."""
+    """Returns the path of the corpus's file of transcripts."""
     return os.path.join(root, corpus.ASR)
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which clips there are and what is said about them.
+    """Reads the clips and their captions.
 
     Args:
         root: the folder that the corpus was made in.
@@ -30,10 +30,12 @@ def read_annotations(root: str, variant: str) -> Annotations:
         "speech" or "sound+speech".
 
     Raises:
-        UserError: a file is absent (every absent one is named) or is not what it should be.
+        UserError: a file is absent (every absent one is named) or malformed.
     """
     if variant not in VARIANTS:
-        raise UserError(f"expected a variant of demo out of {list(VARIANTS)}, found {variant!r}")
+        raise UserError(
+            f"expected a variant of demo out of {', '.join(VARIANTS)}, found {variant!r}"
+        )
     files = (corpus.MANIFEST, corpus.CAPTIONS, corpus.ASR)
     _require(root, [os.path.join(root, name) for name in files])
     captions = _read_captions(os.path.join(root, corpus.CAPTIONS))
@@ -58,19 +60,19 @@ def read_annotations(root: str, variant: str) -> Annotations:
 
 
 def _require(root: str, absent: list[str], clips: int = 0) -> None:
-    """Raises UserError naming those of the paths that do not exist."""
+    """Raises UserError naming the paths that do not exist."""
     absent = [path for path in absent if not os.path.isfile(path) or not os.path.getsize(path)]
     if absent:
         of = f" of {clips} clips" if clips else ""
         raise UserError(
             f"{root}: expected the files{of} of a demo corpus there, did not find\n"
             + "\n".join(f"  {path}" for path in absent)
-            + f"\n{_REMEDY}"
+            + f"\n{_REMEDY % root}"
         )
 
 
 def _read_captions(path: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
-    """The (caption, group) pairs of each clip of each split, in the file's order."""
+    """Reads the (caption, group) pairs of each clip of each split, in the file's order."""
     splits: dict[str, dict[str, list[tuple[str, str]]]] = {"train": {}, "test": {}}
     problems: list[Problem] = []
     for line, row in annotations.read_csv(path, corpus.CAPTION_COLUMNS, problems):
@@ -81,7 +83,7 @@ def _read_captions(path: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
         clips.setdefault(row["video_id"], []).append((row["caption"], row["group"]))
     if problems:
         raise UserError(
-            f"{path}: expected what the demo corpus' generator writes, found {problems[0][2]}. "
-            f"{_REMEDY}"
+            f"{path}: expected the file that the demo's generator wrote, found {problems[0][2]}. "
+            "Remove the corpus and make it again (python -m data_pipelines.prepare demo)."
         )
     return splits

@@ -1,8 +1,8 @@
-"""Anyone's own videos: every video below a folder, with or without captions.
+"""Your own videos: every video below a folder, with or without captions.
 
 A clip's id is the path of its file from the folder, without the ending, with "/" between folders.
-`captions.csv` in the folder, if there is one, has a line `video_id,caption` and optionally the
-columns `group` (that results are also reported under) and `split`.
+`captions.csv` in the folder, if there is one, has the header `video_id,caption` and optionally the
+columns `group` (under which results are also reported) and `split`.
 """
 
 import os
@@ -18,7 +18,7 @@ VARIANTS = ("default",)
 RECIPE: dict[str, int] = {}
 
 CAPTIONS = "captions.csv"
-# Of clips for which captions.csv names none: they can be embedded and searched.
+# The split of clips for which captions.csv names none: they can be embedded and searched.
 DEFAULT_SPLIT = "test"
 
 # split -> id -> its captions, each with its group
@@ -26,16 +26,16 @@ _Captions = dict[str, dict[str, list[tuple[str, str]]]]
 
 
 def asr_file(root: str) -> str:
-    """Where what is said in the clips is looked for; it need not exist."""
+    """Returns the path of the file of transcripts, which need not exist."""
     return os.path.join(root, "asr.json")
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which videos there are and what is said about them.
+    """Reads the clips and their captions.
 
     Args:
-        root: the folder. Sound may lie apart, in AudioData/ID.wav, and the teacher's vectors in
-            FeatureData/ImageBind/.
+        root: the folder. Sound may be in separate files, AudioData/ID.wav, and the teacher's
+            vectors in FeatureData/ImageBind/.
         variant: "default".
 
     Returns:
@@ -43,7 +43,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
         in "test". A row without a caption only says which split its clip is in.
 
     Raises:
-        UserError: there is no video, or captions.csv is not what it should be.
+        UserError: there is no video, or captions.csv is malformed.
     """
     problems: list[Problem] = []
     files = layout.find(root, root, problems, paths_are_ids=True)
@@ -74,7 +74,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
 
 
 def _read_captions(path: str, ids: list[str], problems: list[Problem]) -> _Captions:
-    """The captions of clips that are there, by split; those of others go to `problems`."""
+    """Reads the captions of existing clips, by split; those of others go to `problems`."""
     captions: _Captions = {}
     if not outages.exists(path):
         return captions
@@ -89,7 +89,7 @@ def _read_captions(path: str, ids: list[str], problems: list[Problem]) -> _Capti
             problems.append(("", path, f"line {line} left out: it has no caption and no split"))
             continue
         split = split or DEFAULT_SPLIT
-        # It becomes part of file names, and "all" is tensorflow_datasets' word for all splits.
+        # It becomes part of file names, and "all" means all splits to tensorflow_datasets.
         if not re.fullmatch(r"[A-Za-z]\w*", split, re.ASCII) or split == "all":
             raise UserError(
                 f"{path}: expected a split such as train, val or test, of letters, digits and "
@@ -107,5 +107,5 @@ def _read_captions(path: str, ids: list[str], problems: list[Problem]) -> _Capti
         stem, ending = os.path.splitext(named)
         hint = f"; an id has no ending: {stem}" if ending.lower() in layout.VIDEO_ENDINGS else ""
         where = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
-        problems.append(("", named, f"no such video, but in {CAPTIONS}: line {where}{hint}"))
+        problems.append(("", named, f"no such video, listed in {CAPTIONS}, line {where}{hint}"))
     return captions

@@ -1,8 +1,8 @@
 """Finds the files that belong to annotated clips, in the layout of spec section 10.
 
-    ROOT/VideoData/ID.mp4                          or another ending; sub-folders may be between
+    ROOT/VideoData/ID.mp4                          or another ending; may be in sub-folders
     ROOT/ImageData/ID/                             a video's frames as images (Charades)
-    ROOT/AudioData/ID.wav                          where there is none, the sound is the video's own
+    ROOT/AudioData/ID.wav                          if there is none, the sound is the video's own
     ROOT/FeatureData/ImageBind/VideoFeature/ID.pt  or .npy: the teacher's vectors
     ROOT/FeatureData/ImageBind/AudioFeature/ID.pt
     ROOT/Annotations/query_groups.csv              optional: video_id,caption,group
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from data_pipelines import outages
 from data_pipelines.datasets import annotations
 from data_pipelines.datasets.types import Annotations, Clip, Problem
+from data_pipelines.tables import counted
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
@@ -31,7 +32,7 @@ Captions = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 class Files(NamedTuple):
-    """What there is for clips, by id; a clip need not be in any of these."""
+    """The paths of the files of clips, by id; a clip need not be in any of these."""
 
     videos: dict[str, str]
     sounds: dict[str, str]
@@ -54,7 +55,7 @@ def annotate(
         captions: the captions of each clip of each split.
         problems: those of reading the annotations; the result has them too.
         known: ids that the annotations mention, though no split has them.
-        images: whether a folder of images, where there is one, stands for the video.
+        images: whether a folder of images, if there is one, replaces the video.
     """
     problems = [*problems, *repeated(captions)]
     groups = _read_groups(root, captions, problems)
@@ -93,7 +94,7 @@ def captions_of(
     captions_path: str,
     problems: list[Problem],
 ) -> dict[str, Sequence[str]]:
-    """The captions of those clips that a split's list names.
+    """Returns the captions of the clips that a split's list names.
 
     Args:
         split: the split.
@@ -110,8 +111,8 @@ def captions_of(
     bare = [video_id for video_id in ids if not captions.get(video_id)]
     if len(bare) == len(ids):
         raise UserError(
-            f"{captions_path}: expected captions of the {len(ids)} clips of {ids_path}, found none "
-            f"of any, {bare[0]!r} first. Do the two files belong together?"
+            f"{captions_path}: expected captions of the {counted(len(ids), 'clip')} of {ids_path}, "
+            f"found none of any, {bare[0]!r} first. Do the two files belong together?"
         )
     problems += [(split, video_id, f"no captions in {captions_path}") for video_id in bare]
     return {video_id: captions.get(video_id, ()) for video_id in ids}
@@ -123,7 +124,7 @@ def find(root: str, videos: str, problems: list[Problem], *, paths_are_ids: bool
     Args:
         root: the data set's folder.
         videos: the folder of its videos.
-        problems: gets the videos that are not used, since they share another's id.
+        problems: gets the videos that are not used because another has the same id.
         paths_are_ids: whether an id is a file's path, rather than its name, without the ending.
     """
 
@@ -155,9 +156,9 @@ def find(root: str, videos: str, problems: list[Problem], *, paths_are_ids: bool
 def clip_of(
     files: Files, video_id: str, captions: Sequence[str], groups: Sequence[str], absent: str = ""
 ) -> Clip:
-    """One clip with what there is for it; `absent` is where its video should be if there is none.
+    """Makes a clip of its files; `absent` is where its video should be if there is none.
 
-    Preparation says so if it is still not there.
+    Preparation reports it if it is still absent.
     """
     return Clip(
         video_id=video_id,
@@ -183,7 +184,7 @@ def repeated(captions: Mapping[str, Collection[str]]) -> list[Problem]:
 
 
 def _with_images(clip: Clip, frames: dict[str, str], files: Files) -> Clip:
-    """The clip with its frames from images where there are some; its video still has the sound."""
+    """Returns the clip with images, if there are any, as its frames; its video keeps the sound."""
     if clip.video_id not in frames:
         return clip
     sound = clip.audio or files.videos.get(clip.video_id)
@@ -193,7 +194,7 @@ def _with_images(clip: Clip, frames: dict[str, str], files: Files) -> Clip:
 def _read_groups(
     root: str, captions: Captions, problems: list[Problem]
 ) -> dict[tuple[str, str], str]:
-    """The group of each caption of a clip that the query-group file, if there is one, lists."""
+    """Reads the group of each (clip, caption) from the query-group file, if there is one."""
     path = os.path.join(root, GROUPS)
     if not outages.exists(path):
         return {}
@@ -214,7 +215,7 @@ def _read_groups(
 
 
 def _folders(parent: str) -> dict[str, str]:
-    """The folders in a folder that are not empty, by name; none when there is no such folder."""
+    """Returns the folders in a folder that are not empty, by name; {} when it does not exist."""
     _, names, _ = next(outages.walk(parent), (parent, [], []))
     paths = {n: os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")}
     if is_remote(parent):  # where there are no empty folders
@@ -224,10 +225,10 @@ def _folders(parent: str) -> dict[str, str]:
 
 
 def _walk(folder: str, problems: list[Problem]) -> Iterator[str]:
-    """Yields the paths, from `folder`, of all files below it, but not of those that are hidden.
+    """Yields the paths, from `folder`, of all files below it that are not hidden.
 
-    A link that leads back to a folder it lies in is not followed. What cannot be listed, read as a
-    file, or named in UTF-8, as a record must be, goes to `problems`.
+    A link back to a folder that contains it is not followed. What cannot be listed, read as a file,
+    or named in UTF-8, as a record must be, goes to `problems`.
 
     Raises:
         OutageError: a folder cannot be listed now.
@@ -251,7 +252,7 @@ def _walk_local(
         with outages.reaching(folder):
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError as error:
-        if prefix:  # it was listed a moment ago: a mount that is lost says so
+        if prefix:  # it was listed a moment ago: its mount has been lost
             raise outages.outage(folder, error) from error
         return
     except OSError as error:
@@ -275,7 +276,7 @@ def _walk_local(
 
 
 def _leads_back(link: str, above: tuple[str, ...]) -> bool:
-    """Whether a link leads to one of the folders that it was reached by, or to one around it."""
+    """Returns whether a link leads to a folder that it was reached through, or to one above."""
     target = os.path.realpath(link)
     return any(os.path.commonpath((target, folder)) == target for folder in above)
 

@@ -1,7 +1,7 @@
 """LSMDC, the 2016 release, in a layout like those of the other data sets (spec section 10).
 
-The reference names the data set but has no loader for it that works; where its ASR file lies is
-our choice.
+The reference names the data set but has no working loader for it; the name of its ASR file is our
+choice.
 """
 
 import os
@@ -19,20 +19,20 @@ _SPLITS = {
     "val": os.path.join("Annotations", "LSMDC16_annos_val.csv"),
     "test": os.path.join("Annotations", "LSMDC16_challenge_1000_publictect.csv"),
 }
-# Tab-separated, in spite of the name, and without a line of names.
+# Tab-separated, despite the file names, and without a header.
 _COLUMNS = ("clip id", "start", "end", "start as cut", "end as cut", "sentence")
 
 
 def asr_file(root: str) -> str:
-    """Where what is said in the clips is looked for; it need not exist."""
+    """Returns the path of the file of transcripts, which need not exist."""
     return os.path.join(root, "lsmdc_asr_text.json")
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which clips there are and what is said about them.
+    """Reads the clips and their captions.
 
     A clip id that is listed more than once in a split has several captions. Videos may be in
-    sub-folders of VideoData/, as they come, a folder a film.
+    sub-folders of VideoData/, as they are distributed, one per film.
 
     Args:
         root: the folder with Annotations/, VideoData/, AudioData/ and FeatureData/.
@@ -42,7 +42,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
         The clips of "train", "val" and "test".
 
     Raises:
-        UserError: a file is absent (every absent one is named) or is not what it should be.
+        UserError: a file is absent (every absent one is named) or malformed.
     """
     annotations.require(root, list(_SPLITS.values()), "LSMDC's")
     problems: list[Problem] = []

@@ -1,6 +1,7 @@
 """MSR-VTT, in the layout the reference's users already have (spec section 10)."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 from data_pipelines.datasets import annotations, layout
 from data_pipelines.datasets.types import Annotations, Problem
@@ -21,12 +22,12 @@ _OFFICIAL_SPLITS = {"train": "train", "val": "validate", "test": "test"}
 
 
 def asr_file(root: str) -> str:
-    """Where the layout keeps what is said in the clips; it need not exist."""
+    """Returns the path of the layout's file of transcripts, which need not exist."""
     return os.path.join(root, "msrvtt10k_asr_text.json")
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which clips there are and what is said about them.
+    """Reads the clips and their captions.
 
     Args:
         root: the folder with Annotations/, VideoData/, AudioData/ and FeatureData/.
@@ -37,7 +38,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
         "val" too.
 
     Raises:
-        UserError: a file is absent (every absent one is named) or is not what it should be.
+        UserError: a file is absent (every absent one is named) or malformed.
     """
     splits_by_csv = variant in _TRAIN
     files = [_DATA, *([_TRAIN[variant], _TEST] if splits_by_csv else [])]
@@ -49,7 +50,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
     for sentence in data["sentences"]:
         captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
 
-    splits: dict[str, dict[str, list[str]]] = {}
+    splits: dict[str, Mapping[str, Sequence[str]]] = {}
     if splits_by_csv:
         train_path = os.path.join(root, _TRAIN[variant])
         rows = annotations.read_csv(train_path, ("video_id",), problems)
@@ -88,7 +89,7 @@ def _read_data(path: str) -> dict[str, list[dict[str, str]]]:
                 isinstance(entry.get(field), str) for field in fields
             ):
                 raise UserError(
-                    f"{path}: expected the texts {' and '.join(map(repr, fields))} in each of "
-                    f"{part!r}, found entry {position} (from 0) without."
+                    f"{path}: expected the texts {' and '.join(map(repr, fields))} in each entry "
+                    f"of {part!r}, found entry {position} (from 0) without them."
                 )
     return data

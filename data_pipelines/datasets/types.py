@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What a data set module hands to preparation for each clip (spec section 10).
+    """One clip, as a data set module describes it to preparation (spec section 10).
 
     Paths are plain strings; nothing here says that the media can be read.
 
@@ -18,9 +18,9 @@ class Clip:
         captions: the clip's captions; may be empty for a clip that is only searched.
         groups: one per caption, the group its results are also reported under; "" = ungrouped.
         teacher_video: path of a .pt or .npy vector of the clip's video; None = absent.
-        teacher_audio: the same of its audio.
-        transcript: what is said in the clip; "" = nothing, or not known yet: annotations do not
-            hold it, preparation fills it in.
+        teacher_audio: the same for its audio.
+        transcript: what is said in the clip; "" = nothing, or not known yet: preparation adds it to
+            what annotations hold.
     """
 
     video_id: str
@@ -39,17 +39,16 @@ class Clip:
             )
 
 
-# What was found that should not be, but stops nothing: the split it is in, or ""; a clip's id, or a
-# file; and what is wrong, in words.
+# A fault that stops nothing: its split, or ""; a clip's id, or a file; and what is wrong, in words.
 Problem = tuple[str, str, str]
 
 
 class Annotations(NamedTuple):
-    """What a data set module reads.
+    """The clips of a data set, as its module reads them.
 
     Attributes:
         splits: the clips of each split, in the order of the annotations.
-        problems: of the annotations and the folders, not of what is in the media.
+        problems: those of the annotations and the folders, not those within media files.
     """
 
     splits: dict[str, list[Clip]]

@@ -16,12 +16,12 @@ _SPLITS = {
 
 
 def asr_file(root: str) -> str:
-    """Where the layout keeps what is said in the clips; it need not exist."""
+    """Returns the path of the layout's file of transcripts, which need not exist."""
     return os.path.join(root, "Annotations", "vatex_asr_text.json")
 
 
 def read_annotations(root: str, variant: str) -> Annotations:
-    """Reads which clips there are and what is said about them.
+    """Reads the clips and their captions.
 
     Args:
         root: the folder with Annotations/, VideoData/, AudioData/ and FeatureData/.
@@ -31,7 +31,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
         The clips of "train", "val" and "test", in the order of their lists, with all captions.
 
     Raises:
-        UserError: a file is absent (every absent one is named) or is not what it should be.
+        UserError: a file is absent (every absent one is named) or malformed.
     """
     annotations.require(root, [_CAPTIONS, *_SPLITS.values()], "VATEX's")
     problems: list[Problem] = []
@@ -46,6 +46,7 @@ def read_annotations(root: str, variant: str) -> Annotations:
 
 
 def _read_captions(path: str) -> dict[str, list[str]]:
+    """Reads the captions of each clip, and checks their form."""
     captions = annotations.read_json(path, "a JSON object of lists of captions by id")
     if not isinstance(captions, dict):
         raise UserError(

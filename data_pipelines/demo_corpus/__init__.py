@@ -1,8 +1,8 @@
-"""A small corpus of videos with sound and speech, made on the spot, to try everything on.
+"""Generates a small corpus of videos with sound and speech, to try everything on.
 
 The media are real: H.264 and AAC files whose pictures are drawn, whose sounds are synthesised and
-whose speech is spoken by espeak-ng, so that preparation, decoding and filterbanks meet what they
-meet elsewhere. Two things are known by construction instead of computed: the transcripts are the
+whose speech is spoken by espeak-ng, so that preparation, decoding and filterbanks work as they do
+on other data. Two things are known by construction instead of computed: the transcripts are the
 scripts that were spoken (speech recognition would find about the same words), and the teacher's
 vectors come from the generator's knowledge of which sights go with which sounds, not from
 ImageBind.

@@ -1,4 +1,4 @@
-"""How the demo's captions are worded: a handful of templates a group, a small vocabulary.
+"""The wording of the demo's captions: a handful of templates per group, a small vocabulary.
 
 Each group asks for something else, as the groups of the paper's analysis do:
 

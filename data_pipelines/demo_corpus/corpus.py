@@ -47,8 +47,8 @@ _ATTRIBUTE_COLUMNS = (
     *("has_track", "has_transcript"),
 )
 _OTHER_PLACE = "Give another directory, or remove this one to make the corpus anew."
-# What an interruption may leave before there is a manifest.
-_EMPTY_ROOT = {f".{MANIFEST}.tmp"}
+# What may precede the manifest: an interruption's leftover, and preparation's default --out.
+_EMPTY_ROOT = {f".{MANIFEST}.tmp", "prepared"}
 _SECONDS = (3.0, 4.0)  # shortest and longest clip
 _LEVEL = 0.1  # root mean square of speech, or of a sound alone; full scale is 1
 _SPEECH_OVER_SOUND_DB = (5.0, 11.0)  # how much louder speech is than the sound behind it
@@ -63,9 +63,9 @@ def generate(
 ) -> None:
     """Makes the demo corpus under root, or what is still missing of it.
 
-    What is made depends on the seed and the sizes only, not on the number of workers nor on
-    interruptions. Files get their names only once they are complete. Nothing is done, and at once,
-    when the corpus is already complete.
+    The files depend on the seed and the sizes only, not on the number of workers nor on
+    interruptions. Files get their names only once they are complete. Returns at once when the
+    corpus is complete already.
 
     Args:
         root: the folder to fill; made if absent.
@@ -86,7 +86,7 @@ def generate(
     _check_same(root, begun, identity)
     clips = plan(seed, n_train, n_test)
     root.mkdir(parents=True, exist_ok=True)
-    if not begun:  # first of all, so that what follows is known for a corpus
+    if not begun:  # written first, so that root is recognised as a corpus after an interruption
         _write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
     for folder in _clip_files(""):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def generate(
 
 
 def absent_files(root: str | os.PathLike, video_ids: Iterable[str]) -> list[str]:
-    """The paths of the files that the clips should have under root and have not."""
+    """Returns the paths of the clips' files that are missing under root."""
     root = Path(root)
     present = {folder: _complete_files(root / folder) for folder in _clip_files("")}
     return [
@@ -111,7 +111,7 @@ def absent_files(root: str | os.PathLike, video_ids: Iterable[str]) -> list[str]
 
 
 def _clip_files(video_id: str) -> dict[str, str]:
-    """The name of a clip's file in each folder."""
+    """Returns the name of a clip's file in each folder."""
     return {
         VIDEOS: f"{video_id}.mp4",
         VIDEO_FEATURES: f"{video_id}.npy",
@@ -120,7 +120,7 @@ def _clip_files(video_id: str) -> dict[str, str]:
 
 
 def _complete_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that are not empty, which a crash of the machine may leave."""
+    """Returns the names of a folder's files, without empty ones that a crash may have left."""
     if not folder.is_dir():
         return set()
     with os.scandir(folder) as entries:
@@ -128,14 +128,14 @@ def _complete_files(folder: Path) -> set[str]:
 
 
 def _cpu_cores() -> int:
-    """CPU cores that this process may use, which a container may hold below the machine's."""
+    """Returns how many CPU cores this process may use: in a container, fewer than there are."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _read_manifest(root: Path) -> dict[str, int]:
-    """The identity of the corpus begun in root; {} when root is absent or empty.
+    """Reads the identity of the corpus begun in root; {} when root is absent or empty.
 
     Raises:
         UserError: root holds something else.
@@ -147,7 +147,9 @@ def _read_manifest(root: Path) -> dict[str, int]:
         except ValueError:
             manifest = None
         if not isinstance(manifest, dict) or "generator_version" not in manifest:
-            raise UserError(f"{path}: expected the manifest of a demo corpus. {_OTHER_PLACE}")
+            raise UserError(
+                f"{path}: expected a demo corpus's manifest, found another file. {_OTHER_PLACE}"
+            )
         return manifest
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: expected a directory, found a file. {_OTHER_PLACE}")
@@ -168,11 +170,13 @@ def _check_same(root: Path, begun: dict[str, int], identity: dict[str, int]) -> 
     ]
     if differing:
         lines = "\n".join(differing)
-        raise UserError(f"{root} holds a demo corpus made otherwise:\n{lines}\n{_OTHER_PLACE}")
+        raise UserError(
+            f"{root} holds a demo corpus made with other settings:\n{lines}\n{_OTHER_PLACE}"
+        )
 
 
 def _render_all(root: Path, seed: int, clips: list[PlannedClip], workers: int) -> None:
-    """Renders clips in worker processes, showing how far it is and the time left."""
+    """Renders clips in worker processes, with a progress bar."""
     render = functools.partial(_render, root, seed)
     progress = functools.partial(
         tqdm, total=len(clips), desc="making demo clips", unit="clip", disable=not clips
@@ -202,7 +206,7 @@ def _render(root: Path, seed: int, clip: PlannedClip) -> None:
     ):
         buffer = io.BytesIO()
         np.save(buffer, vector)
-        # Thousands of small files, and one that a power cut left empty counts as absent.
+        # Without fsync, for speed: a file that a power cut leaves empty counts as absent.
         _write(root / folder / f"{clip.video_id}.npy", buffer.getvalue(), fsync=False)
     rng = clip_rng(seed, clip, purpose=1)
     num_frames, wave = _audio(rng, clip)
@@ -213,7 +217,7 @@ def _render(root: Path, seed: int, clip: PlannedClip) -> None:
 
 
 def _audio(rng: np.random.Generator, clip: PlannedClip) -> tuple[int, np.ndarray | None]:
-    """What is heard in a clip, and how long the clip is.
+    """Makes the sound of a clip, which decides the clip's length.
 
     Returns:
         The number of video frames, and float32 [samples] in [-1, 1] at sounds.RATE, of the same
@@ -242,7 +246,7 @@ def _audio(rng: np.random.Generator, clip: PlannedClip) -> tuple[int, np.ndarray
 
 
 def _voice(rng: np.random.Generator, script: str) -> np.ndarray:
-    """Speaks a script, faster where it would not fit into the longest clip."""
+    """Speaks a script, faster if it would not fit into the longest clip."""
     name = str(rng.choice(speech.VOICES))
     rate, pitch = int(rng.integers(150, 173)), int(rng.integers(30, 61))
     brightness = rng.uniform(0.3, 0.8)
@@ -276,7 +280,7 @@ def _encode(file: io.BytesIO, frames: np.ndarray, wave: np.ndarray | None) -> No
         for pixels in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None:
+        if audio is not None and wave is not None:
             size = 1024  # samples in a frame of AAC
             for start in range(0, len(wave), size):
                 samples = np.ascontiguousarray(wave[None, start : start + size], np.float32)
@@ -309,5 +313,5 @@ def _write_csv(path: Path, columns: Sequence[str], rows: list[tuple]) -> None:
 
 
 def _write(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
-    """Writes a file that has its name only once it is complete."""
+    """Writes a file that gets its name only once it is complete."""
     files.write(path, content, fsync=fsync)

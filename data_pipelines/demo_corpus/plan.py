@@ -27,13 +27,13 @@ SPLITS = ("train", "test")
 
 # Shares of the clips by what their audio holds. "silent" clips have no audio track at all.
 KIND_SHARES = {"silent": 0.08, "sound": 0.20, "speech": 0.10, "sound+speech": 0.62}
-# Share of the speaking clips that speech recognition is said to have missed.
+# Share of the speaking clips that speech recognition is taken to have missed.
 MISSED_SHARE = 0.05
 # Probability that a sounding clip's sound is drawn from its motion's own family; otherwise it is
 # drawn from all families alike.
 CORRESPONDENCE = 0.5
-# Captions a clip gets, by split and group, where the group applies. In training, what is seen is
-# learnt within a hundred steps, and then crowds out what is harder: that gets more captions.
+# Captions per clip, by split and group, where the group applies. In training, what is seen is
+# learnt within a hundred steps, and then crowds out what is harder, which gets more captions.
 PARAPHRASES = {
     "train": {"vision": 2, "sound": 6, "speech": 6, "sound+speech": 4},
     "test": {"vision": 1, "sound": 1, "speech": 1, "sound+speech": 1},
@@ -52,7 +52,7 @@ class PlannedClip:
         sound: what is heard in the background; "" = nothing.
         topic: what is spoken about; "" = nobody speaks.
         script: the words spoken; "" = nobody speaks.
-        has_transcript: False where nobody speaks, or recognition is said to have missed it.
+        has_transcript: False if nobody speaks, or recognition is taken to have missed it.
         captions: (group, text) pairs. A clip whose speech was missed has none about its speech.
     """
 
@@ -75,7 +75,7 @@ class PlannedClip:
 
 
 def clip_rng(seed: int, clip: PlannedClip, purpose: int) -> np.random.Generator:
-    """The clip's own random numbers for one purpose, whoever makes it and whenever."""
+    """Returns a clip's random generator for one purpose; the same in every process and order."""
     entropy = [seed, SPLITS.index(clip.split), clip.index, purpose]
     return np.random.default_rng(np.random.SeedSequence(entropy))
 
@@ -143,7 +143,7 @@ def _plan_split(seed: int, split: str, n: int) -> list[PlannedClip]:
 
 
 def _apportion(shares: Sequence[float], n: int) -> np.ndarray:
-    """Whole numbers that sum to n in about the given shares (largest remainders)."""
+    """Returns whole numbers that sum to n, in about the given shares (largest remainders)."""
     exact = np.asarray(shares) * n / sum(shares)
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: n - counts.sum()]] += 1
@@ -151,7 +151,7 @@ def _apportion(shares: Sequence[float], n: int) -> np.ndarray:
 
 
 def _sounds_of(motion: np.ndarray) -> np.ndarray:
-    """A sound index for each motion index [n], in the shares that the correspondence asks for.
+    """Picks a sound index for each motion index [n], in the shares that CORRESPONDENCE asks for.
 
     Each step takes the sound that is furthest behind its share with its motion, and among such the
     one furthest behind over all motions.
@@ -207,10 +207,10 @@ def _spread(
 
 
 def _script(seed: int, split: str, topic: str, use: int) -> str:
-    """The script of the topic's use-th clip in the split: an opener and a closer.
+    """Returns the script of the topic's use-th clip in the split: an opener and a closer.
 
     The 16 combinations are ordered in diagonals, each of which has every part once. Training takes
-    the first three, testing the last: no test script is heard in training, all of its words are.
+    the first three, testing the last: no test script is heard in training, but all its words are.
     """
     words = TOPICS[topic]
     rng = np.random.default_rng(
@@ -224,7 +224,7 @@ def _script(seed: int, split: str, topic: str, use: int) -> str:
 
 
 def _captions(seed: int, clip: PlannedClip) -> tuple[tuple[str, str], ...]:
-    """The clip's captions, grouped in the order of wording.GROUPS."""
+    """Makes the clip's captions, grouped in the order of wording.GROUPS."""
     rng = clip_rng(seed, clip, purpose=0)
     applies = {
         "vision": True,

@@ -56,7 +56,7 @@ def draw(
 
 
 def _path(rng: np.random.Generator, motion: str, t: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Centre x and y, angle (radians) and size of the shape at the times t (seconds), each [T].
+    """Returns the shape's centre x and y, angle (radians) and size at times t (seconds), each [T].
 
     Lengths are in half pictures: x and y run from -1 to 1, y downwards; size is half a side.
     """
@@ -80,14 +80,14 @@ def _path(rng: np.random.Generator, motion: str, t: np.ndarray) -> tuple[np.ndar
 
 
 def _zigzag(turns: np.ndarray) -> np.ndarray:
-    """A triangular wave in [-1, 1] with one period per turn."""
+    """Returns a triangular wave in [-1, 1] with one period per turn."""
     return 1 - 4 * np.abs(turns % 1 - 0.5)
 
 
 def _coverage(
     shape: str, x: np.ndarray, y: np.ndarray, angle: np.ndarray, size: np.ndarray
 ) -> np.ndarray:
-    """How much of each pixel the shape covers: float32 [T, SIZE, SIZE], from arrays [T]."""
+    """Computes each pixel's share that the shape covers: float32 [T, SIZE, SIZE], from [T]."""
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
     x, y, size = (a.astype(np.float32)[:, None, None] for a in (x, y, size))
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]

@@ -23,12 +23,12 @@ Rng = np.random.Generator
 
 
 def family(sound: str) -> str:
-    """The motion whose family the sound belongs to."""
+    """Returns the motion whose family the sound belongs to."""
     return next(motion for motion, sounds in FAMILIES.items() if sound in sounds)
 
 
 def synthesise(rng: Rng, sound: str, num_samples: int) -> np.ndarray:
-    """One sound: float32 [num_samples] at RATE, with a root mean square of 1."""
+    """Synthesises one sound: float32 [num_samples] at RATE, with a root mean square of 1."""
     wave = _SYNTHESISERS[sound](rng, num_samples)
     return (wave / np.sqrt(np.mean(wave**2) + 1e-12)).astype(np.float32)
 
@@ -38,12 +38,12 @@ def _time(n: int) -> np.ndarray:
 
 
 def _tone(frequency: np.ndarray, phase: float = 0.0) -> np.ndarray:
-    """A sine whose frequency (Hz, one per sample) may vary."""
+    """Makes a sine whose frequency (Hz, one per sample) may vary."""
     return np.sin(2 * np.pi * np.cumsum(frequency) / RATE + phase)
 
 
 def _band(rng: Rng, n: int, low: float, high: float) -> np.ndarray:
-    """Noise between two frequencies in Hz, with a root mean square of about 1."""
+    """Makes noise between two frequencies in Hz, with a root mean square of about 1."""
     spectrum = np.fft.rfft(rng.standard_normal(n))
     hz = np.fft.rfftfreq(n, 1 / RATE)
     shape = 1 / (1 + (low / np.maximum(hz, 1)) ** 8) / (1 + (hz / high) ** 8)
@@ -64,7 +64,7 @@ def _place(n: int, events: list[tuple[float, np.ndarray]]) -> np.ndarray:
 
 
 def _beats(rng: Rng, n: int, period: float) -> np.ndarray:
-    """Times in seconds, one period apart with a random phase, that cover n samples."""
+    """Returns times in seconds, one period apart with a random phase, that cover n samples."""
     return np.arange(-rng.uniform(0, 1), n / RATE / period) * period
 
 

@@ -1,4 +1,4 @@
-"""The demo's speakers: espeak-ng, from the library that the package espeakng-loader brings.
+"""The demo's speakers: espeak-ng, from the library in the package espeakng-loader.
 
 The library keeps state from one utterance to the next (oscillator phases, its own random numbers),
 which would make a clip's speech depend on what the same process said before. It is therefore loaded
@@ -36,7 +36,6 @@ _RATE, _PITCH = 1, 3
 _SYNTH_CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
-_unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary
 
 
 def speak(
@@ -61,8 +60,8 @@ def speak(
         library = ctypes.CDLL(espeakng_loader.get_library_path())
     except (ImportError, OSError) as error:
         raise UserError(
-            f"the demo's speakers need the speech synthesiser espeak-ng, which cannot be loaded"
-            f" ({error}); install it with: pip install espeakng-loader"
+            "the demo's speakers need the speech synthesiser espeak-ng, which cannot be loaded "
+            f"({error}): pip install -e '.[prepare]' in a clone of save_jax"
         ) from error
     pieces: list[np.ndarray] = []
 
@@ -70,7 +69,7 @@ def speak(
     def receive(samples, count, events):
         if samples and count > 0:
             pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0  # go on
+        return 0  # continue
 
     data = espeakng_loader.get_data_path().encode()
     rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0)
@@ -88,7 +87,7 @@ def speak(
         or library.espeak_Synchronize()
     )
     library.espeak_Terminate()
-    _unload(library._handle)
+    _ctypes.dlclose(library._handle)
     if failed or not pieces:
         raise UserError(f"espeak-ng could not say {text!r} with the voice {voice!r}")
 

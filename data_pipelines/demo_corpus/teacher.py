@@ -1,4 +1,4 @@
-"""The demo's teacher vectors, in ImageBind's place: made from what the generator knows.
+"""Makes the demo's teacher vectors, in place of ImageBind's, from what the generator knows.
 
 No network computes them. The vectors of a clip's sight and of its sound share a direction when the
 motion seen and the sound heard belong to one family (sounds.FAMILIES), so their cosine says how
@@ -15,7 +15,7 @@ from save_jax.batch import TEACHER_SIZE
 
 
 def video_vector(seed: int, clip: PlannedClip) -> np.ndarray:
-    """The teacher's vector of what is seen: float32 [1024], of length 1."""
+    """Returns the teacher's vector of what is seen: float32 [1024], of length 1."""
     parts = [
         (1.0, f"family {clip.motion}"),
         (0.3, f"shape {clip.shape}"),
@@ -25,7 +25,7 @@ def video_vector(seed: int, clip: PlannedClip) -> np.ndarray:
 
 
 def audio_vector(seed: int, clip: PlannedClip) -> np.ndarray:
-    """The teacher's vector of what is heard: float32 [1024], of length 1.
+    """Returns the teacher's vector of what is heard: float32 [1024], of length 1.
 
     A clip without an audio track has one too, which training leaves out of the loss.
     """
@@ -46,6 +46,6 @@ def _vector(parts: list[tuple[float, str]], rng: np.random.Generator) -> np.ndar
 
 @functools.cache
 def _direction(name: str) -> np.ndarray:
-    """A fixed random unit vector; any two of them are nearly orthogonal."""
+    """Returns a fixed random unit vector; any two of them are nearly orthogonal."""
     vector = np.random.default_rng(list(name.encode())).standard_normal(TEACHER_SIZE)
     return vector / np.linalg.norm(vector)

@@ -1,10 +1,10 @@
-"""What the demo's speakers talk about, and the words for it.
+"""The topics of the demo's speakers, and the words for them.
 
 A topic is named in two vocabularies that share no content word. `captions` are what a viewer would
 write about the clip ("baking bread"); a script, which is what is spoken and transcribed, is one of
 `openers` followed by one of `closers` ("knead the dough well, then heat the oven"). That the two
-mean the same can only be learnt from clips that carry both, which is what a model must do that
-reads transcripts. The parts of one topic's scripts share a few words among themselves, so that
+mean the same can only be learnt from clips that have both, which a model that reads transcripts
+must do. The parts of one topic's scripts share a few words among themselves, so that
 about ten training clips are enough; any opener goes with any closer, so that every test script is
 new while its words are not. No topic needs a word that names a shape, a colour, a motion or a sound
 of the demo.

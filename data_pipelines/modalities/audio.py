@@ -8,6 +8,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import av
 import numpy as np
@@ -36,7 +37,7 @@ def read_waveform(
 
     Args:
         path: an audio or a video file.
-        damage: called for what does not decode of a track that otherwise does.
+        damage: called with a description of the parts that do not decode, if others do.
 
     Returns:
         float32 [samples] in [-1, 1], or None when the file has no audio track. A damaged track
@@ -49,12 +50,12 @@ def read_waveform(
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
-        # Preparation runs one process a core; threads in each would only get in the way.
+        # Preparation runs one process per core; more threads would only compete for them.
         stream.codec_context.thread_count = 1
         chunks = []
         resampler, resampler_format = None, None
         for frame in _first_channel(decodable(container, stream, damage)):
-            # A track may change its format on the way: a resampler takes one only.
+            # A track may change its format midway, but a resampler accepts only one.
             frame_format = (frame.format.name, frame.sample_rate)
             if frame_format != resampler_format:
                 chunks += _resample(resampler, None)
@@ -67,13 +68,13 @@ def read_waveform(
     return np.concatenate(chunks)
 
 
-def long_enough(waveform: np.ndarray | None) -> bool:
-    """Whether there is at least one window of sound; less counts as no track."""
+def long_enough(waveform: np.ndarray | None) -> TypeGuard[np.ndarray]:
+    """Returns whether there is at least one window of sound; less counts as no track."""
     return waveform is not None and len(waveform) >= WINDOW
 
 
 def frame_shift(samples: int, fbank_frames: int) -> int:
-    """Samples from one window to the next: whole, at least 1, about `fbank_frames` windows."""
+    """Returns the samples from one window to the next, at least 1, for about `fbank_frames`."""
     return max(1, samples // fbank_frames)
 
 
@@ -103,13 +104,13 @@ def log_mel_windows(waveform: np.ndarray, shift: int, frames: int, mel_bins: int
     Args:
         waveform: float32 [samples] at 16 kHz in [-1, 1], at least 400 samples.
         shift: samples from one window to the next.
-        frames: windows wanted; of more the first are kept, and missing ones are zeros.
+        frames: windows to return; further ones are cut off, and missing ones are zeros.
         mel_bins: filters.
 
     Returns:
         float64 [frames, mel_bins], not normalised.
     """
-    # Only the windows that are kept are made: at a shift of one sample there may be many more.
+    # Only the windows that are kept are computed: at a shift of one sample there may be many more.
     windows = np.lib.stride_tricks.sliding_window_view(waveform, WINDOW)[::shift][:frames]
     power = np.empty((len(windows), FFT_LENGTH // 2 + 1), np.float64)
     for start in range(0, len(windows), _BLOCK):
@@ -128,30 +129,30 @@ def log_mel_windows(waveform: np.ndarray, shift: int, frames: int, mel_bins: int
 
 
 def silent(recipe: Recipe) -> np.ndarray:
-    """What stands in for the filterbank of a clip without an audio track: float32 [T, M] zeros."""
+    """Returns the filterbank of a clip without an audio track: float32 [T, M] zeros."""
     return np.zeros((recipe.fbank_frames, recipe.mel_bins), np.float32)
 
 
 def _first_channel(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
     """Yields the first channel of the same sound in frames of about a second.
 
-    Resampling costs as much a frame as a sample, and a frame of AAC is a fiftieth of a second. The
-    frames have no timestamps, so that a resampler neither fills gaps nor drops overlaps.
+    Resampling has a cost per frame, and a frame of AAC is only a fiftieth of a second. The frames
+    have no timestamps, so that a resampler neither fills gaps nor drops overlaps.
     """
 
     def whole() -> av.AudioFrame:
-        name, rate = pending_format
         frame = av.AudioFrame.from_ndarray(np.concatenate(pending)[None], name, "mono")
         frame.sample_rate = rate
         return frame
 
-    pending, pending_format, samples = [], None, 0
+    pending: list[np.ndarray] = []
+    name, rate, samples = "", 0, 0
     for frame in frames:
         frame_format = (frame.format.planar.name, frame.sample_rate)
-        if pending and (frame_format != pending_format or samples >= frame.sample_rate):
+        if pending and (frame_format != (name, rate) or samples >= frame.sample_rate):
             yield whole()
             pending, samples = [], 0
-        pending_format = frame_format
+        name, rate = frame_format
         data = frame.to_ndarray()
         planar = frame.format.is_planar
         pending.append(data[0] if planar else data[0, :: frame.layout.nb_channels])
@@ -169,13 +170,13 @@ def _resample(resampler: av.AudioResampler | None, frame: av.AudioFrame | None) 
 
 @functools.cache
 def _mel_filters(mel_bins: int) -> list[tuple[slice, np.ndarray]]:
-    """Triangular filters in Kaldi's Mel scale: of each, which FFT bins it takes, and its weights.
+    """Makes triangular filters on Kaldi's Mel scale: for each, its FFT bins and their weights.
 
     Nearly all weights of a filter are zeros. One product with the whole matrix would also have the
     threads of NumPy's linear algebra wait for each other, in every process that reads media.
     """
     with warnings.catch_warnings():
-        # 128 bins are so many that the lowest fall between two FFT bins: so they do in Kaldi.
+        # With 128 bins, the lowest fall between two FFT bins, as they do in Kaldi.
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
         filters = audio_utils.mel_filter_bank(
             num_frequency_bins=FFT_LENGTH // 2 + 1,

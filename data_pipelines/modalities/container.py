@@ -1,34 +1,33 @@
-"""Media files, here or remote: opened if they are such, and decoded past what is damaged."""
+"""Opens media files, local or remote, and decodes them past damaged parts."""
 
 import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Generator, Iterator
+from typing import IO, Any, overload
 
 import av
-import av.stream
 from etils import epath
 
 from data_pipelines import outages
 from save_jax.files import is_remote
 
-# A track that ends this much before its file says it does has been cut: nothing of a second can be
-# missed by less, and what files say of themselves is not exact.
+# A track that ends this many seconds before its declared end has been cut off. Smaller differences
+# are normal, because declared durations are not exact.
 _CUT_SECONDS = 1.0
 
-# FFmpeg's names of what holds picture and sound itself. Others, whatever the file is called, only
-# name files and addresses that it would then read: lists to concatenate, playlists, sessions.
+# FFmpeg's names of the formats that hold picture and sound themselves. Others, whatever the file is
+# called, only name files and addresses for FFmpeg to read: lists to concatenate, playlists.
 _CONTAINERS = (
     "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,nut,mxf,dv,rm,ivf,gif,"
     "mpegvideo,m4v,h264,hevc,av1,obu,"  # a video track alone
     "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ape,wv"
 )
-# Nor may these have FFmpeg open anything: no protocol is called so.
+# Nor may these make FFmpeg open anything else: no protocol has this name.
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
 
-# Told, in words, what is wrong with a file that can be read in part.
+# Called with a description of what is wrong with a file that can be read in part.
 Damage = Callable[[str], None]
 
 
@@ -37,13 +36,13 @@ class MediaError(Exception):
 
 
 @contextlib.contextmanager
-def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
+def open_media(path: str | os.PathLike) -> Generator[av.container.InputContainer]:
     """Opens a media file, here or remote.
 
     Raises:
         MediaError: it cannot be opened; says why.
-        OutageError: it cannot be read now. This may be found while it is open, and is then raised
-            at the end, whatever FFmpeg made of it.
+        OutageError: it cannot be read now. If reading fails while it is open, this is raised at the
+            end, whatever FFmpeg made of the failure.
     """
     with contextlib.ExitStack() as opened:
         try:
@@ -55,14 +54,14 @@ def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]
         if source.size == 0:
             raise MediaError("the file is empty (0 bytes)")
         try:
-            container = opened.enter_context(av.open(source, options=dict(_OPTIONS)))
+            container = opened.enter_context(av.open(source, "r", options=dict(_OPTIONS)))
         except (av.error.FFmpegError, ValueError) as error:
             source.check()
             outages.pass_on(error, path)
-            if getattr(error, "errno", None) == errno.EINVAL:  # its word for what is not among them
+            if getattr(error, "errno", None) == errno.EINVAL:  # its error for all other formats
                 raise MediaError(
-                    "FFmpeg takes it for none of the containers of video or sound that are read "
-                    "here (MP4, Matroska, AVI, WAV, …); a text that names other files, such as a "
+                    "FFmpeg recognises none of the accepted containers of video or sound in it "
+                    "(MP4, Matroska, AVI, WAV, …); a text that names other files, such as a "
                     "playlist, is not opened"
                 ) from error
             raise MediaError(
@@ -75,13 +74,13 @@ def open_media(path: str | os.PathLike) -> Iterator[av.container.InputContainer]
 
 
 class _Source:
-    """A file, here or remote, that FFmpeg reads through us.
+    """A file, local or remote, that FFmpeg reads through Python.
 
-    By itself it would take some names for those of a network's protocols (a colon is enough), know
-    no object stores, and tell a disk that fails by the words it has for a damaged file.
+    By itself, FFmpeg would take some names for network protocols (a colon is enough), cannot read
+    object stores, and reports a failing disk in the same words as a damaged file.
 
     Attributes:
-        size: of the file, in bytes.
+        size: size of the file, in bytes.
 
     Raises:
         UserError, OutageError, OSError: see `outages.reaching`.
@@ -92,12 +91,12 @@ class _Source:
         self._failure: Exception | None = None
         with outages.reaching(path):
             if is_remote(path):
-                self._file: BinaryIO = epath.Path(path).open("rb")
+                self._file: IO[bytes] = epath.Path(path).open("rb")
                 self.size = self._file.seek(0, os.SEEK_END)
                 self._file.seek(0)
             else:
                 self.size = os.path.getsize(path)
-                # A pipe has none, and opening it would wait for a writer.
+                # A pipe has size 0, and opening it would wait for a writer.
                 self._file = io.FileIO(path) if self.size else io.BytesIO()
 
     def __enter__(self) -> "_Source":
@@ -111,7 +110,7 @@ class _Source:
         return os.path.basename(self._path)
 
     def read(self, size: int) -> bytes:
-        """Reads some bytes; once that has failed, the file has ended, and `check` says why."""
+        """Reads up to `size` bytes; returns none after a failure, which `check` then raises."""
         if self._failure:
             return b""
         try:
@@ -132,28 +131,40 @@ class _Source:
             raise outages.outage(self._path, self._failure) from self._failure
 
 
+@overload
+def decodable(
+    container: av.container.InputContainer, stream: av.VideoStream, damage: Damage = ...
+) -> Iterator[av.VideoFrame]: ...
+
+
+@overload
+def decodable(
+    container: av.container.InputContainer, stream: av.AudioStream, damage: Damage = ...
+) -> Iterator[av.AudioFrame]: ...
+
+
 def decodable(
     container: av.container.InputContainer,
-    stream: av.stream.Stream,
+    stream: av.VideoStream | av.AudioStream,
     damage: Damage = lambda reason: None,
-) -> Iterator:
-    """Yields the frames of a stream that decode, in order, stepping over what does not.
+) -> Iterator[av.VideoFrame | av.AudioFrame]:
+    """Yields the frames of a stream that decode, in order, skipping what does not.
 
     Args:
         container: the open file.
         stream: one of its streams.
-        damage: called at the end when something did not decode, or the stream was cut short.
+        damage: called at the end if something did not decode, or the stream was cut short.
     """
     packets = container.demux(stream)
     failed, broken, end = 0, "", 0
     while not broken:
         try:
             packet = next(packets)
-        except StopIteration:  # the last packet was the empty one that empties the decoder
+        except StopIteration:  # the last packet was the empty one that flushes the decoder
             break
         except av.error.FFmpegError as error:
             outages.pass_on(error, stream.container.name)
-            # The container ends here, but the decoder may still hold frames: None empties it.
+            # The container ends here, but the decoder may still hold frames: None flushes it.
             packet, broken = None, reason_of(error)
         try:
             frames = stream.codec_context.decode(packet)
@@ -165,7 +176,7 @@ def decodable(
             if frame.pts is not None:
                 end = max(end, frame.pts + frame.duration)
             yield frame
-    seconds = float(end * stream.time_base)
+    seconds = _seconds(end, stream)
     if broken:
         damage(f"its {stream.type} track breaks off after {seconds:.1f} s ({broken})")
     elif seconds + _CUT_SECONDS < (declared := _declared_end(container, stream)):
@@ -174,14 +185,16 @@ def decodable(
         damage(f"{failed} packets of its {stream.type} track are damaged")
 
 
-def _declared_end(container: av.container.InputContainer, stream: av.stream.Stream) -> float:
-    """When a stream ends, in seconds, as the file says; 0 when it does not say."""
-    if container.format.name == "avi":  # whose duration FFmpeg works out from what there is
-        rate = stream.average_rate if stream.type == "video" else None
+def _declared_end(
+    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream
+) -> float:
+    """Returns when a stream ends according to its file, in seconds; 0 when that is not declared."""
+    if container.format.name == "avi":  # whose duration FFmpeg computes from the data present
+        rate = stream.average_rate if isinstance(stream, av.VideoStream) else None
         return float(stream.frames / rate) if rate else 0.0
     if stream.duration is not None:
-        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-    # Matroska says it in a tag, hours:minutes:seconds.
+        return _seconds(stream.duration + (stream.start_time or 0), stream)
+    # Matroska declares it in a tag, hours:minutes:seconds.
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     try:
         minutes, seconds = rest.split(":")
@@ -190,6 +203,12 @@ def _declared_end(container: av.container.InputContainer, stream: av.stream.Stre
         return 0.0
 
 
+def _seconds(ticks: int, stream: av.VideoStream | av.AudioStream) -> float:
+    """Converts a time in a stream's own units to seconds."""
+    assert stream.time_base is not None  # FFmpeg's demuxers set it
+    return float(ticks * stream.time_base)
+
+
 def reason_of(error: Exception) -> str:
-    """What an error says is wrong, in one line."""
+    """Returns the first line of what an error says is wrong."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ Nothing here imports TensorFlow: this is what the worker processes import.
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What came of one clip.
+    """The result of reading one clip.
 
     Attributes:
         clip: the clip.
         features: the stored features by name, or None when the clip has no usable video.
         problems: what is wrong with its files, in words. A clip that merely has no audio track, no
-            transcript or no teacher's vectors has no problem.
+            transcript or no teacher vectors has no problem.
     """
 
     clip: Clip
@@ -37,14 +37,14 @@ class Record:
     problems: tuple[str, ...]
 
 
-def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Iterator[Record]:
-    """Gives a record a clip, in the order of `clips`.
+def read_records(clips: Iterable[Clip], recipe: Recipe, workers: int) -> Generator[Record]:
+    """Yields one record per clip, in the order of `clips`.
 
     Args:
         clips: the clips.
-        recipe: what to make of their media.
-        workers: processes to do it in; 1 = this one. Should a clip crash its process (FFmpeg is
-            C code, and files are odd), that clip alone is lost.
+        recipe: decides the stored arrays.
+        workers: number of processes; 1 = this one. If a clip crashes its process (FFmpeg is C code,
+            and files are odd), only that clip is lost.
     """
     read = functools.partial(read_record, recipe=recipe)
     return in_order(read, clips, workers, _crashed, lambda clip: clip.video)
@@ -54,7 +54,7 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
     """Reads all media of one clip.
 
     Raises:
-        UserError: this installation cannot read what the clip consists of.
+        UserError: a package that the clip's files need is not installed.
         OutageError: the machine or a store cannot read it now, through no fault of the clip.
     """
     video_problems: list[str] = []
@@ -72,15 +72,14 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
         _log.exception("clip %s: %s", clip.video_id, clip.video)
         return Record(clip, None, (f"left out: {clip.video}: unexpected {error!r}",))
     waveform, audio_problems = read_waveform(clip)
-    has_audio = audio.long_enough(waveform)
-    fbank = audio.fbank(waveform, recipe) if has_audio else audio.silent(recipe)
+    fbank = audio.fbank(waveform, recipe) if audio.long_enough(waveform) else None
     teacher, vector_problems = _read_vectors(clip, recipe)
     features = {
         "video_id": clip.video_id,
         "frames": [video.encode_frame(frame, recipe.encoding) for frame in frames],
         "num_frames": len(frames),
-        "fbank": fbank.astype(np.float16),
-        "has_audio": has_audio,
+        "fbank": (audio.silent(recipe) if fbank is None else fbank).astype(np.float16),
+        "has_audio": fbank is not None,
         "transcript": clip.transcript,
         "captions": list(clip.captions),
         "groups": list(clip.groups),
@@ -92,13 +91,16 @@ def read_record(clip: Clip, recipe: Recipe) -> Record:
 
 
 def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
-    """The clip's sound from its own audio file or, failing that, from its video.
+    """Reads a clip's sound from its audio file or, failing that, from its video.
+
+    Returns:
+        float32 [samples] at 16 kHz, or None without sound; and problems, in words.
 
     Raises:
         UserError, OutageError: as `read_record` does.
     """
     problems = []
-    # Where the video is a folder of images, there is no track of its own.
+    # If the video is a folder of images, it has no track of its own.
     own = None if outages.is_folder(clip.video) else clip.video
     for path in filter(None, (clip.audio, own)):
 
@@ -119,7 +121,7 @@ def read_waveform(clip: Clip) -> tuple[np.ndarray | None, list[str]]:
 def _read_vectors(
     clip: Clip, recipe: Recipe
 ) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[str]]:
-    """The teacher's vectors of video and audio, or None unless both are there and usable."""
+    """Reads the teacher's vectors of video and audio; None unless both are there and usable."""
     found, problems = [], []
     for path in filter(None, (clip.teacher_video, clip.teacher_audio)):
         try:

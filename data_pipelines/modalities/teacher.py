@@ -1,4 +1,4 @@
-"""The teacher's vectors of clips that have none yet: ImageBind embeddings (spec section 8)."""
+"""Computes the teacher vectors that clips lack: ImageBind embeddings (spec section 8)."""
 
 import concurrent.futures
 import contextlib
@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from etils import epath
@@ -22,7 +22,7 @@ from save_jax.errors import UserError
 
 # Below a folder of vectors, as in the layout of the reference's users (spec section 10).
 FOLDERS = {"video": "VideoFeature", "audio": "AudioFeature"}
-_READERS = 8  # threads that look for vectors: it is mostly waiting, where they are remote
+_READERS = 8  # threads that look for vectors: if these are remote, it is mostly waiting
 
 
 def compute(
@@ -35,18 +35,18 @@ def compute(
 ) -> tuple[list[Clip], tuple[tuple[str, str, str], ...]]:
     """Computes the vectors that clips lack, one file each: DIRECTORY/VideoFeature/ID.npy, ….
 
-    A vector that is there and usable, be it the clip's own or one of an earlier run in
-    `directory`, is not computed again; a file has its name only once it is complete. So the same
-    call goes on after an interruption, with the same result.
+    A usable vector that exists already, the clip's own or one of an earlier run in `directory`, is
+    not computed again; a file gets its name only once it is complete. So the same call resumes
+    after an interruption, with the same result.
 
-    A clip without sound gets no vectors and is no problem: it has no teacher, and needs none,
-    because the loss leaves out clips without sound anyway.
+    A clip without sound gets no vectors, which is no problem: the loss that uses them leaves out
+    clips without sound anyway.
 
     Args:
         clips: the clips, of any splits; the same id means the same clip.
         directory: the folder for the vectors, here or remote; made if absent.
         embed: the teacher.
-        workers: processes that read media; 0 = as many as there are processors, 1 = this one.
+        workers: processes that read media; 0 = one per processor, 1 = this one.
         strict: raise UserError at the first problem.
 
     Returns:
@@ -62,8 +62,8 @@ def compute(
     def problem(clip: Clip, words: str) -> None:
         if strict:
             raise UserError(
-                f"clip {clip.video_id}: expected what the teacher needs, found: {words}. Mend the "
-                "file, or prepare without --strict."
+                f"clip {clip.video_id}: expected usable files for ImageBind, found: {words}. "
+                "Repair or remove the file, or prepare without --strict."
             )
         problems.append(("", clip.video_id, words))
 
@@ -98,7 +98,7 @@ def compute(
 
 def _embedded(
     tasks: Sequence[teacher_inputs.Task], directory: str, embed: Embed, workers: int
-) -> Iterator[teacher_inputs.Inputs]:
+) -> Generator[teacher_inputs.Inputs]:
     """Reads, embeds and writes; yields each clip's inputs once its vectors are written."""
     config = embed.config
     sizes = teacher_inputs.Sizes(config.image_size, config.fbank_frames, config.mel_bins)
@@ -109,7 +109,7 @@ def _embedded(
         teacher_inputs.crashed,
         lambda task: task.clip.video,
     )
-    progress = tqdm(total=len(tasks), desc="the teacher's vectors", unit="clip", disable=not tasks)
+    progress = tqdm(total=len(tasks), desc="teacher vectors", unit="clip", disable=not tasks)
     with contextlib.closing(read), progress:
         for batch in iter(lambda: list(itertools.islice(read, embed.clips)), []):
             _write(directory, "video", embed.video, {i.clip: i.frames for i in batch})
@@ -124,15 +124,16 @@ def _write(
     embed: Callable[[np.ndarray], np.ndarray],
     inputs: dict[Clip, np.ndarray | None],
 ) -> None:
-    """Embeds what there is and writes the vectors."""
-    inputs = {clip: array for clip, array in inputs.items() if array is not None}
-    if not inputs:
+    """Embeds the inputs that are not None and writes their vectors."""
+    given = {clip: array for clip, array in inputs.items() if array is not None}
+    if not given:
         return
-    for clip, vector in zip(inputs, embed(np.stack(list(inputs.values()))), strict=True):
+    for clip, vector in zip(given, embed(np.stack(list(given.values()))), strict=True):
         if not np.isfinite(vector).all():
             raise UserError(
                 f"clip {clip.video_id}: expected finite numbers from ImageBind for its {kind}, "
-                f"found {int((~np.isfinite(vector)).sum())} others. Is its checkpoint damaged?"
+                f"found {int((~np.isfinite(vector)).sum())} others. Is the file given as "
+                "--imagebind damaged?"
             )
         path, content = _path(directory, kind, clip), io.BytesIO()
         np.save(content, vector.astype(np.float32))
@@ -141,7 +142,7 @@ def _write(
 
 
 def _usable(clip: Clip, directory: str, size: int) -> tuple[dict[str, str], list[str]]:
-    """The path of each vector that is there and usable, by kind; and what is wrong with others."""
+    """Returns the path of each usable vector, by kind, and what is wrong with the others."""
     paths, unusable = {}, []
     for kind, given in (("video", clip.teacher_video), ("audio", clip.teacher_audio)):
         for path in (given, _path(directory, kind, clip)):
@@ -162,7 +163,7 @@ def _path(directory: str, kind: str, clip: Clip) -> str:
 
 
 def _is_file_name(video_id: str) -> bool:
-    """Whether an id stays below the folder that it is put in; slashes make sub-folders."""
+    """Returns whether an id, as a file name, stays below its folder; slashes make sub-folders."""
     return not {"", ".", ".."} & set(video_id.split("/")) and "\0" not in video_id
 
 

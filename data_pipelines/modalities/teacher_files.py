@@ -1,4 +1,4 @@
-"""The teacher's vectors: ImageBind embeddings saved one a file (spec sections 1 and 8)."""
+"""Reads the teacher's vectors: ImageBind embeddings, one per file (spec sections 1 and 8)."""
 
 import io
 import os
@@ -16,7 +16,7 @@ class VectorError(ValueError):
 
 
 class AbsentError(VectorError):
-    """There is no such file."""
+    """A file that does not exist."""
 
 
 def read_vector(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -31,13 +31,13 @@ def read_vector(path: str | os.PathLike, size: int) -> np.ndarray:
 
     Raises:
         VectorError: the file is absent (AbsentError) or unreadable, or holds something else.
-        UserError: it is a PyTorch file and PyTorch is not installed, or this installation cannot
-            reach that kind of store.
+        UserError: it is a PyTorch file and PyTorch is not installed, or a package that its store
+            needs is not.
         OutageError: the machine or the store cannot read it now.
     """
     path = os.fspath(path)
     try:
-        # All of it first: what the system says of reading is not what is wrong with its bytes.
+        # Read all of it first: an error of reading is not an error of the bytes.
         content = video.read_binary(path)
     except FileNotFoundError:
         raise AbsentError("the file does not exist") from None
@@ -73,8 +73,8 @@ def _read_torch(content: bytes, path: str) -> np.ndarray:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is a PyTorch file, and PyTorch is not installed: install it (pip install "
-            "torch), or convert the vectors to .npy files of the same names."
+            f"{path} is a PyTorch file, and PyTorch is not installed: pip install -e '.[weights]' "
+            "in a clone of save_jax, or convert the vectors to .npy files with the same names."
         ) from error
     try:
         # weights_only: a pickle may run code, and these files come from elsewhere.
@@ -96,8 +96,8 @@ def _read_torch(content: bytes, path: str) -> np.ndarray:
 
 
 def _damaged(kind: str, error: Exception) -> Exception:
-    """What is to be said of a file whose bytes do not make sense."""
-    # Damaged bytes may ask for any amount of memory; but then there is no lack of it.
+    """Returns the error for a file whose bytes cannot be decoded."""
+    # Damaged bytes may ask for any amount of memory, even when it is not short.
     if isinstance(error, MemoryError) and outages.memory_is_short():
         return error
     return VectorError(f"not a {kind} ({_reason(error)})")

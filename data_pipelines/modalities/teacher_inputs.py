@@ -1,6 +1,6 @@
-"""What ImageBind, the teacher, is shown of a clip (spec section 8).
+"""Makes the inputs of ImageBind, the teacher, from a clip (spec section 8).
 
-This is what the worker processes import: nothing here knows the model.
+The worker processes import this: nothing here depends on the model.
 """
 
 import fractions
@@ -20,17 +20,18 @@ FRAMES = 32
 PIECES = 3  # of sound
 PIECE_SECONDS = 2
 SHIFT = 160  # samples: 10 ms
-# Of the sound it was trained on: (x - mean) / standard deviation, which AST's doubles.
+# ImageBind's normalisation: (x - mean) / standard deviation, where AST divides by twice that.
 MEAN = -4.268
 DEVIATION = 9.138
 
 
 class Task(NamedTuple):
-    """What is wanted of a clip.
+    """A clip and which inputs are wanted of it.
 
     Attributes:
         clip: the clip.
-        video, audio: whether its frames, its sound, are wanted.
+        video: whether its frames are wanted.
+        audio: whether its sound is wanted.
     """
 
     clip: Clip
@@ -39,7 +40,7 @@ class Task(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the teacher takes: square frames of `image_size`, filterbanks of frames × bins."""
+    """The sizes of the teacher's inputs: square frames of `image_size`, fbanks of frames × bins."""
 
     image_size: int
     fbank_frames: int
@@ -47,14 +48,14 @@ class Sizes(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What came of a task.
+    """The result of a task.
 
     Attributes:
         clip: the clip.
         frames: uint8 [FRAMES, image_size, image_size, 3], or None.
         fbanks: float32 [PIECES, fbank_frames, mel_bins], or None.
-        problem: why something that was wanted is None, in words; "" also where the clip merely has
-            no sound.
+        problem: why something that was wanted is None, in words; "" also if the clip merely has no
+            sound.
     """
 
     clip: Clip
@@ -64,13 +65,13 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(task: Task, sizes: Sizes) -> Inputs:
-    """Reads what the teacher is shown of a clip.
+    """Reads the teacher's inputs from a clip.
 
-    A clip without sound gives nothing, not even frames: the one loss that knows the teacher leaves
+    A clip without sound gives nothing, not even frames: the only loss that uses the teacher leaves
     such clips out (spec section 6), so its vectors would never be used.
 
     Raises:
-        UserError: this installation cannot read what the clip consists of.
+        UserError: a package that the clip's files need is not installed.
         OutageError: the machine or a store cannot read it now, through no fault of the clip.
     """
     clip, frames, fbanks = task.clip, None, None
@@ -93,11 +94,11 @@ def read_inputs(task: Task, sizes: Sizes) -> Inputs:
 
 
 def pieces(samples: int) -> list[tuple[int, int]]:
-    """Where the pieces of a waveform of so many samples begin and end: first, middle and last.
+    """Returns where a waveform's first, middle and last pieces begin and end, in samples.
 
-    Seconds are exact fractions of the rounded duration, cut to whole samples: pytorchvideo's
-    sampler of constantly many clips, on which ImageBind relies. Of a waveform shorter than a piece,
-    each is the whole.
+    Seconds are exact fractions of the rounded duration, cut to whole samples, as in pytorchvideo's
+    ConstantClipsPerVideoSampler, which ImageBind uses. If the waveform is shorter than a piece,
+    each piece is all of it.
     """
     last = fractions.Fraction(max(samples / audio.SAMPLE_RATE - PIECE_SECONDS, 0.0))
     starts = [last / (PIECES - 1) * n for n in range(PIECES)]
@@ -125,5 +126,5 @@ def sound(waveform: np.ndarray, sizes: Sizes) -> np.ndarray:
 
 
 def crashed(task: Task) -> Inputs:
-    """What came of a task that took its process down."""
+    """Returns the result of a task that crashed its process."""
     return Inputs(task.clip, None, None, f"{task.clip.video}: it crashes the decoder")

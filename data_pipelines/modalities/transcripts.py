@@ -1,4 +1,4 @@
-"""What speech recognition heard in each clip (spec sections 1 and 10)."""
+"""Reads and writes files of transcripts, made by speech recognition (spec sections 1 and 10)."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from save_jax.errors import OutageError, UserError
 
 _log = logging.getLogger(__name__)
 
-# What the key of an ASR file may end with of more than the four characters of ".mp4".
+# Endings of a key of an ASR file that are longer than the four characters of ".mp4".
 _LONG_ENDINGS = (".webm", ".mpeg", ".flac", ".opus")
 
 EXPECTED = 'a JSON list of {"key": "ID.mp4", "text": "..."}'
@@ -48,7 +48,7 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
         if found:
             raise UserError(
                 f"{path}: expected {EXPECTED}, found {found} in entry {position} (from 0). "
-                "Mend or remove that entry."
+                "Correct or remove that entry."
             )
         video_id = _id(entry["key"])
         seen[video_id] += 1
@@ -56,7 +56,7 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
     repeated = sorted(video_id for video_id, times in seen.items() if times > 1)
     if repeated:
         _log.warning(
-            "%s: %d ids occur more than once; the first text that is not empty is used: %s",
+            "%s: ids that occur more than once (%d), with their first text that is not empty: %s",
             path,
             len(repeated),
             ", ".join(repeated[:10]) + (", …" if len(repeated) > 10 else ""),
@@ -65,7 +65,7 @@ def read_asr(path: str | os.PathLike) -> dict[str, str]:
 
 
 def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Writes a speech recognition file, here or remote, under another name first.
+    """Writes a speech recognition file, local or remote, which is complete or not there.
 
     Raises:
         UserError: it cannot be written.
@@ -81,17 +81,17 @@ def write_asr(path: str, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether there is such a file, here or remote; OutageError where that is not known."""
+    """Returns whether a file exists, local or remote; OutageError if that is unknown."""
     return outages.exists(path)
 
 
 def cannot_write(path: str, error: OSError) -> UserError | OutageError:
-    """The error that a file of transcripts cannot be written, as the user is told."""
+    """Returns the error for a file of transcripts that cannot be written."""
     if outages.is_outage(error) and error.errno not in outages.NO_SPACE:
         return outages.outage(path, error)
     return UserError(
         f"{path}: expected a place to write transcripts to, found: {error.strerror or error}. Make "
-        "room or give another directory; what is transcribed so far is kept."
+        "room or give another --out; the clips transcribed so far are kept."
     )
 
 
@@ -100,7 +100,7 @@ def _id(key: str) -> str:
 
 
 def _wrong_entry(entry: Any) -> str:
-    """What is wrong with an entry of the list, in words; "" when nothing is."""
+    """Describes what is wrong with an entry of the list; "" when nothing is."""
     if not isinstance(entry, dict):
         return f"a {type(entry).__name__}"
     for field in ("key", "text"):

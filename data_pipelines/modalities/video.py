@@ -25,21 +25,21 @@ from data_pipelines.recipe import Recipe
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20
 
-# Beyond this ratio of sides, the part that a crop would throw away is never made.
+# Beyond this ratio of sides, the part that the crop would discard is never computed.
 _STRIP = 32
 
-# What a folder of frames may hold beside them is left alone.
+# Other files in a folder of frames are ignored.
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-# And what is read of these, whatever they are called. Pillow knows formats that are programs, such
-# as PostScript, and has them run.
+# The formats that are read, whatever a file is called. Pillow also knows formats that are programs,
+# such as PostScript, and would run them.
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 def decode_frames(
     path: str | os.PathLike, recipe: Recipe, damage: Damage = lambda reason: None
 ) -> np.ndarray:
-    """Decodes some frames a second, upright, resized and cropped (spec section 1).
+    """Decodes a few frames per second, upright, resized and cropped (spec section 1).
 
     The file is decoded once, front to back, without seeking: seeking lands on the wrong frame in
     variable-rate and damaged files. A damaged file gives the frames that decode.
@@ -48,9 +48,9 @@ def decode_frames(
         path: the video file, or a folder of images, each of which is a candidate, in the order of
             their names.
         recipe: its `frames_per_second` says how many candidates there are, its `image_size` is the
-            height and width of a frame, its `max_frames` the most frames kept; of more, evenly
-            spaced ones are.
-        damage: called for what does not decode of a file that otherwise does.
+            height and width of a frame, its `max_frames` the most frames kept; of more candidates,
+            evenly spaced ones are kept.
+        damage: called with a description of the parts that do not decode, if others do.
 
     Returns:
         uint8 [frames, image_size, image_size, 3], RGB, 1 <= frames <= max_frames.
@@ -60,14 +60,14 @@ def decode_frames(
         OutageError: it cannot be read now, or there is no room for its frames.
     """
     size = recipe.image_size
-    # How many candidates there are is known only at the end, and so is which ones are kept.
+    # The number of candidates, and so which ones are kept, is known only at the end.
     with (
         outages.temporary(),
         tempfile.SpooledTemporaryFile(max_size=_CANDIDATES_IN_MEMORY) as candidates,
     ):
         count = 0
         for image in _candidates(path, recipe.frames_per_second, damage):
-            candidates.write(fit(image, size))
+            candidates.write(fit(image, size).data)
             count += 1
         if count == 0:
             raise MediaError("no frame of its video track can be decoded")
@@ -79,10 +79,10 @@ def decode_frames(
 
 
 def decode_evenly(path: str | os.PathLike, count: int, size: int) -> np.ndarray:
-    """Decodes `count` frames at even distances, from the first frame of a video to its last.
+    """Decodes `count` evenly spaced frames, from the first frame of a video to its last.
 
-    The file is decoded once, without seeking, as it says itself how many frames it has; where that
-    turns out wrong, it is decoded once more. A video of fewer than `count` frames repeats some.
+    The file is decoded once, without seeking, with the number of frames that it declares; if that
+    proves wrong, it is decoded once more. A video of fewer than `count` frames repeats some.
 
     Args:
         path: the video file, or a folder of images.
@@ -105,16 +105,16 @@ def decode_evenly(path: str | os.PathLike, count: int, size: int) -> np.ndarray:
         if decoded == 0:
             raise MediaError("no frame of its video track can be decoded")
         expected = decoded
-    raise MediaError("it changes while it is read: its frames were counted and are others now")
+    raise MediaError("its number of frames changed while it was read")
 
 
 def frame_step(fps: float, frames_per_second: int = 1) -> int:
-    """The distance, in decoded frames, of one candidate frame from the next."""
+    """Returns the distance between candidate frames, in decoded frames."""
     return max(1, int(fps / frames_per_second))
 
 
 def keep_evenly(count: int, most: int) -> list[int]:
-    """Which of `count` frames are kept: all, or `most` of them from the first to the last."""
+    """Returns which of `count` frames are kept: all, or `most`, evenly from first to last."""
     if count <= most:
         return list(range(count))
     return np.linspace(0, count - 1, most).astype(int).tolist()
@@ -144,7 +144,7 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
 
 def encode_frame(frame: np.ndarray, encoding: str) -> bytes:
-    """Stores a frame, uint8 [height, width, 3], as "jpeg" (quality 95) or "raw" (its bytes)."""
+    """Encodes a frame, uint8 [height, width, 3], as "jpeg" (quality 95) or "raw" (its bytes)."""
     if encoding == "raw":
         return frame.tobytes()
     if encoding != "jpeg":
@@ -208,11 +208,11 @@ def _sampled(
     """Yields the frames of a video at index s·max(1, int(fps/frames_per_second)), s = 0, 1, …"""
     with open_media(path) as container:
         stream = _video_stream(container)
-        # Preparation runs one process a core; threads in each would only get in the way.
+        # Preparation runs one process per core; more threads would only compete for them.
         stream.codec_context.thread_count = 1
-        # The average is what OpenCV calls the rate, and so what the reference goes by.
+        # OpenCV, which the reference uses, calls the average the rate.
         step = frame_step(float(stream.average_rate or stream.guessed_rate or 1), frames_per_second)
-        converter = VideoReformatter()  # a frame's own would be set up again for each frame
+        converter = VideoReformatter()  # one for all frames: each frame's own would be set up anew
         for index, frame in enumerate(decodable(container, stream, damage)):
             if index % step:
                 continue
@@ -220,7 +220,7 @@ def _sampled(
 
 
 def _upright(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
-    """A decoded frame as a picture, turned the way a player would show it."""
+    """Converts a decoded frame to an image, rotated as a player would show it."""
     converted = converter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
     quarter_turns = round(frame.rotation / 90) % 4
     pixels = np.rot90(converted.to_ndarray(), quarter_turns)
@@ -230,7 +230,7 @@ def _upright(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
 def _decode_at(
     path: str | os.PathLike, positions: set[int], size: int
 ) -> tuple[dict[int, np.ndarray], int]:
-    """The frames at these positions, as `fit` makes them, and how many frames decode in all."""
+    """Returns the frames at these positions, made by `fit`, and how many frames decode in all."""
     frames, decoded = {}, 0
     if outages.is_folder(path):
         for image in _images(epath.Path(path), lambda reason: None):
@@ -250,7 +250,7 @@ def _decode_at(
 
 
 def _declared_frames(path: str | os.PathLike) -> int:
-    """How many frames there should be, without decoding any."""
+    """Returns how many frames there should be, without decoding any."""
     if outages.is_folder(path):
         return len(_image_names(epath.Path(path)))
     with open_media(path) as container:
@@ -262,12 +262,12 @@ def _declared_frames(path: str | os.PathLike) -> int:
             for packet in container.demux(stream):
                 packets += packet.size > 0
         except av.error.FFmpegError:
-            pass  # damaged there: decoding will tell what there is
+            pass  # damaged there: decoding will show how many there are
         return packets
 
 
-def _video_stream(container: av.container.InputContainer) -> av.stream.Stream:
-    """The first video track that is not a cover picture."""
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """Returns the first video track that is not a cover picture."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream

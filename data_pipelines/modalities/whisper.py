@@ -1,17 +1,16 @@
 """Speech recognition by Whisper: writes the file that transcripts.read_asr reads.
 
-What faster-whisper is asked for, and why:
+The settings of faster-whisper, and why:
 
 * Only what its voice-activity detector takes for speech is transcribed. Whisper invents words where
   nobody speaks, and detecting the language of silence costs as much as a transcription.
-* Beam search with 5 beams, Whisper's own, at temperature 0 alone: a higher temperature, which
-  Whisper falls back to, draws random numbers, and a second run would find other words. What it
-  falls back from above all, the same words again and again, is mended by a second search that may
-  not say three words twice.
-* No window is prompted with the text of the one before: a mistake would go on into the rest of a
-  long video, and most clips are a single window.
+* Beam search with 5 beams, Whisper's default, at temperature 0 alone: a higher temperature, which
+  Whisper falls back to, draws random numbers, and a second run would find other words. The main
+  reason to fall back, repetition, is handled by a second search that may not repeat three words.
+* No window is prompted with the text of the previous one: a mistake would carry over into the rest
+  of a long video, and most clips are a single window.
 * float16 on a GPU, 8-bit integers on a CPU, where 60 short clips took a third less time than in
-  float32 on a busy machine, with the same words whatever the number of threads.
+  float32 on a busy machine, with the same words for any number of threads.
 """
 
 import collections
@@ -37,16 +36,16 @@ from data_pipelines.modalities.whisper_journal import (
 from data_pipelines.pool import in_order
 from save_jax.errors import UserError
 
-# What a clip can turn out to hold, in the order in which the summary counts it.
+# The possible results of a clip, in the order of the summary.
 SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"
 
 _MODEL_FILES = ("model.bin", "config.json", "tokenizer.json")
-# Clips under way for each GPU: while one is transcribed, the sound of others is read.
+# Clips in flight per GPU: while one is transcribed, the sound of others is read.
 _CLIPS_PER_GPU = 4
 
 # Text that compresses by more than this is a loop, by Whisper's own measure.
 _LOOP = 2.4
-# Processes that read sound, which is quick beside transcribing it.
+# Processes that read sound, which is fast compared with transcribing it.
 _READERS = 2
 
 # A clip's sound, and what is wrong with its files.
@@ -54,7 +53,7 @@ Read = tuple[np.ndarray | None, list[str]]
 
 
 class WhisperSummary(NamedTuple):
-    """What transcription found.
+    """The counts and problems of a transcription.
 
     Attributes:
         counts: "clips", and of these those with "speech", with "no speech", with "no audio" and
@@ -70,10 +69,10 @@ class _Ear(NamedTuple):
     """A loaded model.
 
     Attributes:
-        hear: from a waveform, float32 [samples] at 16 kHz, to the fields of an entry that say what
+        hear: maps a waveform, float32 [samples] at 16 kHz, to the fields of an entry that say what
             is heard. May be called from several threads.
-        where: what it runs on, in words.
-        at_once: clips to have under way.
+        where: the device, in words.
+        at_once: clips to keep in flight.
         readers: processes that read their sound; 1 = this one.
     """
 
@@ -95,25 +94,26 @@ def transcribe(
 ) -> WhisperSummary:
     """Transcribes what is said in clips and writes it as a speech recognition file.
 
-    Clips that the file has already are kept, and so is what an interrupted run got done, which a
-    journal beside the file holds; the result does not depend on interruptions. Only clips whose
-    sound could not be read are tried again.
+    Clips that the file has already are kept, and so are those that an interrupted run finished,
+    which a journal beside the file holds; the result does not depend on interruptions. Only clips
+    whose sound could not be read are tried again.
 
     Args:
         clips: the clips; of several with one id, the first counts.
         path: the file to write, a JSON list of {"key": "ID.mp4", "text": "…", "language": "en",
-            "language_probability": 0.98, …} in the order of the clips, followed by what else it
-            held. Without speech, the text and the language are "".
+            "language_probability": 0.98, …} in the order of the clips, followed by other entries
+            that it held. Without speech, the text and the language are "".
         model: a local directory with a Whisper model in CTranslate2's format, or its id: one of
             faster-whisper's ("large-v3") or of the Hugging Face hub.
         translate: translate what is not English into English.
         device: "cuda" (all GPUs), "cpu", or "auto": GPUs where there are any.
         strict: raise UserError on the first clip whose sound cannot be read.
-        workers: clips at once on a CPU, each with a thread of the model; 0 = as many as
-            processors. Sound is read in processes of its own, or with 1 in this one.
+        workers: clips at once on a CPU, each with a thread of the model; 0 = one per processor.
+            Sound is read in other processes, or with 1 in this one.
 
     Raises:
-        UserError: the model cannot be had or does not work; the file was made otherwise.
+        UserError: the model cannot be loaded or does not work, or the file was made with other
+            settings.
     """
     settings = {"model": model, "translate": translate}
     journal = journal_path(path)
@@ -167,24 +167,28 @@ def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
     except ImportError as error:
         raise UserError(
             f"expected the package faster-whisper to transcribe speech, found that it cannot be "
-            f"imported ({error}). Install it: pip install 'save_jax[whisper]'; or prepare with a "
-            "file of transcripts, or with --transcripts=none."
+            f"imported ({error}). Install it: pip install -e '.[whisper]' in a clone of save_jax; "
+            "or prepare with a file of transcripts, or with --transcripts=none."
         ) from error
     if device == "auto":
         device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
     if device == "cuda":
         gpus = ctranslate2.get_cuda_device_count()
-        place = {"device_index": list(range(gpus)), "compute_type": "float16"}
+        load = functools.partial(
+            faster_whisper.WhisperModel, device_index=list(range(gpus)), compute_type="float16"
+        )
         where, at_once = f"{gpus} GPU" + "s" * (gpus > 1), _CLIPS_PER_GPU * gpus
     else:
         at_once = workers or os.cpu_count() or 1
-        # One thread a clip: several for one clip wait for each other most of the time.
-        place = {"cpu_threads": 1, "num_workers": at_once, "compute_type": "int8"}
+        # One thread per clip: several threads of one clip mostly wait for each other.
+        load = functools.partial(
+            faster_whisper.WhisperModel, cpu_threads=1, num_workers=at_once, compute_type="int8"
+        )
         where = f"CPU, {at_once} at once"
     directory = model if os.path.isdir(model) else _download(model)
     _check_files(model, directory)
     try:
-        whisper = faster_whisper.WhisperModel(directory, device=device, **place)
+        whisper = load(directory, device=device)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--whisper={model}: expected a Whisper model that can be loaded, found: {error}"
@@ -192,8 +196,8 @@ def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
         ) from error
     if translate and not whisper.model.is_multilingual:
         raise UserError(
-            f"--whisper={model}: expected, with --translate, a model of many languages, found one "
-            "of English alone. Take another (such as large-v3), or leave --translate out."
+            f"--whisper={model}: expected a multilingual model for --translate, found one for "
+            "English only. Choose another (such as large-v3), or leave out --translate."
         )
 
     def hear(waveform: np.ndarray) -> Entry:
@@ -209,7 +213,7 @@ def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
 
 
 def _download(model: str) -> str:
-    """The folder of a model given by its id, downloaded unless it was before."""
+    """Downloads a model given by its id, unless that was done before; returns its folder."""
     import faster_whisper
 
     try:
@@ -243,13 +247,13 @@ def _cuda_remedy(device: str) -> str:
         return ""
     return (
         ". CTranslate2 needs CUDA 12's cuBLAS and cuDNN 9 in LD_LIBRARY_PATH (pip install "
-        "nvidia-cublas-cu12 nvidia-cudnn-cu12 brings them) and enough GPU memory. What is "
-        "transcribed so far is kept. CUDA_VISIBLE_DEVICES= (empty) transcribes on the CPU."
+        "nvidia-cublas-cu12 nvidia-cudnn-cu12 brings them) and enough GPU memory. The clips "
+        "transcribed so far are kept. CUDA_VISIBLE_DEVICES= (empty) transcribes on the CPU."
     )
 
 
 def _hear(whisper: Any, waveform: np.ndarray, translate: bool) -> Entry:
-    """Transcribes a waveform; the fields of an entry that say what is heard."""
+    """Transcribes a waveform; returns the fields of an entry that say what is heard."""
     from faster_whisper.vad import get_speech_timestamps
 
     spans = get_speech_timestamps(waveform)
@@ -258,7 +262,7 @@ def _hear(whisper: Any, waveform: np.ndarray, translate: bool) -> Entry:
     speech = np.concatenate([waveform[span["start"] : span["end"]] for span in spans])
     options = {"beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False}
     segments, about = whisper.transcribe(speech, **options)
-    # The segments are found only as they are asked for: until here, only the language was.
+    # Segments are decoded lazily: so far, only the language has been detected.
     again = functools.partial(whisper.transcribe, speech, language=about.language)
     task = "translate" if translate and about.language != "en" else "transcribe"
     if task == "translate":
@@ -281,8 +285,8 @@ def _silence(found: str) -> Entry:
     return {"text": "", "language": "", "language_probability": 0.0, "found": found}
 
 
-def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry, None, None]:
-    """Yields the entries of clips as they are done, showing how far it is and the time left."""
+def _hear_all(clips: list[Clip], ear: _Ear, settings: Entry) -> Generator[Entry]:
+    """Yields the entries of clips as they are done, with a progress bar."""
 
     def hear(clip: Clip, read: Read) -> Entry:
         waveform, problems = read

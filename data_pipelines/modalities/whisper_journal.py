@@ -1,14 +1,14 @@
-"""What Whisper heard so far: kept line by line, so that an interruption costs no more than a clip.
+"""The journal of a transcription: one line per clip, so that an interruption costs few clips.
 
-The journal lies beside the file that is to be written, and goes once all of it is there. Entries of
-either are taken up again only when they were made with the same settings.
+The journal is beside the file that is to be written, and removed once that is complete. Entries of
+either are reused only when they were made with the same settings.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,12 +17,12 @@ from data_pipelines.modalities import transcripts
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
-# What is written of a clip: the fields of an ASR file and what tells how the text came about.
+# The entry of a clip: the fields of an ASR file, and the settings that the text was made with.
 Entry = dict[str, Any]
 
 
 def journal_path(path: str) -> Path:
-    """Where the entries are kept until all are there; here, because stores cannot append."""
+    """Returns the path of the journal, on this machine because stores cannot append."""
     if not is_remote(path):
         return Path(f"{path}.partial")
     cache = Path(os.environ.get("SAVE_JAX_CACHE") or Path.home() / ".cache" / "save_jax")
@@ -30,7 +30,7 @@ def journal_path(path: str) -> Path:
 
 
 def read_written(path: str, settings: Entry) -> list[Entry]:
-    """The entries of the file that an earlier run finished; [] when there is none."""
+    """Reads the entries of the file that an earlier run finished; [] when there is none."""
     if not transcripts.exists(path):
         return []
     entries = annotations.read_json(path, transcripts.EXPECTED)
@@ -42,14 +42,14 @@ def read_written(path: str, settings: Entry) -> list[Entry]:
 
 
 def resume(journal: Path, settings: Entry) -> list[Entry]:
-    """The entries that an interrupted run kept; cuts off a line that it could not finish."""
+    """Reads the entries that an interrupted run kept; cuts off a line that it did not finish."""
     if not journal.exists():
         return []
     data = journal.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     entries = []
     for line in whole.decode("utf-8", "replace").splitlines():
-        # A crash of the machine, other than of the program, may spoil more than the last line.
+        # A crash of the machine, unlike one of the program, may spoil more than the last line.
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     entries = [_checked(str(journal), entry, settings) for entry in entries]
@@ -58,7 +58,7 @@ def resume(journal: Path, settings: Entry) -> list[Entry]:
 
 
 def _checked(path: str, entry: Any, settings: Entry) -> Entry:
-    """The entry; UserError unless it was made with these settings."""
+    """Returns the entry; raises UserError unless it was made with these settings."""
     found = {name: entry.get(name) for name in settings} if isinstance(entry, dict) else {}
     if found != settings:
         raise UserError(
@@ -73,8 +73,8 @@ def _words(settings: Entry) -> str:
 
 
 @contextlib.contextmanager
-def appending(journal: Path) -> Iterator[Callable[[Entry], None]]:
-    """Opens the journal; gives the function that adds an entry to it for good."""
+def appending(journal: Path) -> Generator[Callable[[Entry], None]]:
+    """Opens the journal; yields the function that appends an entry to it."""
     try:
         journal.parent.mkdir(parents=True, exist_ok=True)
         file = journal.open("a", encoding="utf-8")
@@ -92,6 +92,6 @@ def appending(journal: Path) -> Iterator[Callable[[Entry], None]]:
 
 
 def append_line(file: TextIO, line: str) -> None:
-    """Writes a line so that it outlives this process."""
+    """Writes a line so that it survives the end of this process."""
     file.write(line)
     file.flush()

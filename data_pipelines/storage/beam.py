@@ -1,4 +1,4 @@
-"""Shards on many machines: an Apache Beam pipeline, on whatever runner there is."""
+"""Writes shards on many machines: an Apache Beam pipeline, on any of Beam's runners."""
 
 import shlex
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ def write(
     options: str,
     workers: int,
 ) -> None:
-    """Reads and writes shards.
+    """Reads the media of shards and writes their records.
 
-    The pipeline is told only where each shard's plan lies: all captions of a data set would be
-    more than a runner takes in a job.
+    The pipeline gets only the path of each shard's plan: all captions of a data set would exceed
+    the size that a runner allows for a job.
 
     Args:
         todo: the shards, each with its fingerprint.
         runner: the name of Beam's runner.
         options: Beam's own options, as on a command line.
-        workers: processes that each of the runner's workers reads media with; 1 = itself.
+        workers: processes in which each of the runner's workers reads media; 1 = itself.
 
     Raises:
         UserError: Apache Beam is not installed, or the pipeline failed.
@@ -37,7 +37,7 @@ def write(
     except ImportError as error:
         raise UserError(
             f"--beam_runner={runner} needs Apache Beam, found no package {error.name!r}: "
-            "pip install 'save_jax[beam]'"
+            "pip install -e '.[beam]' in a clone of save_jax"
         ) from error
     for shard, fingerprint in todo:
         shards.write_plan(shard, fingerprint)
@@ -50,7 +50,7 @@ def write(
                 | beam.Reshuffle()
                 | beam.Map(shards.write_planned, workers=workers)
             )
-    except Exception as error:  # each runner has its own, with the worker's in its words
+    except Exception as error:  # each runner has its own, which quotes the worker's
         outages.pass_on(error, runner)
         _, its_name, words = str(error).partition(f"{OutageError.__name__}: ")
         if its_name:
@@ -58,7 +58,8 @@ def write(
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"--beam_runner={runner}: expected the pipeline to finish, found "
-            f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'} What was done is "
-            "kept; the same command goes on from there. Every worker needs to reach --root and "
-            "--out, and save_jax[prepare,beam] installed (--beam_options=--help lists the options)."
+            f"{type(error).__name__}: {lines[-1].rstrip('.') if lines else 'no reason given'}. "
+            "Finished shards are kept: run the same command again to resume. Every worker must "
+            "reach --root and --out and have save_jax installed with the extras [prepare,beam] "
+            "(--beam_options=--help lists the options)."
         ) from error

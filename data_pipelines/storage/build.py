@@ -1,4 +1,4 @@
-"""The records of a data set, shard by shard, and then what describes them."""
+"""Writes the records of a data set, shard by shard, and then their index and metadata."""
 
 import contextlib
 import csv
@@ -20,6 +20,7 @@ from data_pipelines.recipe import Recipe
 from data_pipelines.sidecars import Sources
 from data_pipelines.storage import shards, tfds_format
 from data_pipelines.storage.shards import Note, Shard
+from data_pipelines.tables import counted
 from save_jax import files
 from save_jax.errors import UserError
 
@@ -38,13 +39,13 @@ def build(
     beam_runner: str,
     beam_options: str,
 ) -> None:
-    """Writes what is not yet there of a prepared directory, which appears once it is complete.
+    """Writes what is missing of a prepared directory, which gets its name once it is complete.
 
     Args:
-        directory: the prepared directory to be.
+        directory: the prepared directory to write.
         dataset: the data set's name.
         variant: the name of its variant.
-        recipe: what to make of the media.
+        recipe: decides the stored arrays.
         found: its clips.
         workers: processes that read media; with Beam, for each of the runner's workers.
         strict: raise UserError on the first file that is not usable.
@@ -53,7 +54,7 @@ def build(
 
     Raises:
         UserError: no clip of a split is usable, or with `strict`, one is not.
-        OutageError: the machine or a store fails; what is done is kept.
+        OutageError: the machine or a store fails; finished shards are kept.
     """
     work, notes = prepared.work_directory(directory), prepared.notes_directory(directory)
     for folder in (work, notes):
@@ -73,9 +74,9 @@ def build(
     done = clips - sum(len(shard.clips) for shard, _ in todo)
     sidecars.announce(
         "frames and sound",
-        f"{clips} clips in {len(all_shards)} shards"
-        + (f", of which {done} clips are done" if done else "")
-        + (f", by Beam's {beam_runner}" if beam_runner else ""),
+        f"{counted(clips, 'clip')} in {counted(len(all_shards), 'shard')}"
+        + (f", {done} done already" if done else "")
+        + (f", with Beam's {beam_runner}" if beam_runner else ""),
     )
     if todo and beam_runner:
         from data_pipelines.storage import beam
@@ -88,16 +89,18 @@ def build(
             _write_here(todo, recipe, workers, strict, progress)
 
     sidecars.announce("index and metadata", str(directory))
-    all_notes = [shards.note_if_done(*pair) for pair in zip(all_shards, prints, strict=True)]
-    if None in all_notes:
+    found_notes = [shards.note_if_done(*pair) for pair in zip(all_shards, prints, strict=True)]
+    all_notes = [note for note in found_notes if note is not None]
+    if len(all_notes) < len(all_shards):
         raise UserError(
-            f"{work}: expected all {len(all_shards)} shards there, found {all_notes.count(None)} "
-            "absent or changed meanwhile. Run the same command again."
+            f"{work}: expected all {len(all_shards)} shards there, found "
+            f"{len(all_shards) - len(all_notes)} absent or changed meanwhile. Run the same command "
+            "again to make them."
         )
-    # The sound of a file may have been found wanting twice, by Whisper and for its filterbank.
+    # A file's faulty sound may have been reported twice, by Whisper and by its filterbank.
     problems = [*found.problems, *(problem for note in all_notes for problem in note.problems)]
-    problems = list(dict.fromkeys(map(tuple, problems)))
-    sidecars.check(dataset, problems, strict)  # of shards that were written without it, too
+    problems = list(dict.fromkeys(problems))
+    sidecars.check(dataset, problems, strict)  # some shards may have been written without it
     by_split = {
         split: [n for s, n in zip(all_shards, all_notes, strict=True) if s.split == split]
         for split in found.splits
@@ -108,10 +111,10 @@ def build(
     prepared.clean_up(directory)
     if problems:
         _log.warning(
-            "%s %s: %d problems; all are in %s. The first: %s: %s",
+            "%s %s: %s, listed in %s. The first: %s: %s",
             dataset,
             variant,
-            len(problems),
+            counted(len(problems), "problem"),
             directory / "problems.csv",
             *problems[0][1:],
         )
@@ -124,6 +127,7 @@ def _write_here(
     strict: bool,
     progress: tqdm.tqdm,
 ) -> None:
+    """Reads the media of shards and writes their records on this machine."""
     # One stream of records for all shards, so that the workers are not idle at the end of each.
     clips = itertools.chain.from_iterable(shard.clips for shard, _ in todo)
     records = read_records(clips, recipe, workers)
@@ -150,7 +154,7 @@ def _describe(
     notes: dict[str, list[Note]],
     problems: list[Problem],
 ) -> None:
-    """Writes what describes the records: the index, the problems, and the metadata, these last.
+    """Writes the index of the records, the problems and, last, the metadata.
 
     Raises:
         UserError: a split has no usable clip.
@@ -203,6 +207,6 @@ def _describe(
             },
         )
         with tfds_format.writing(str(work)):
-            # Readers take a directory with metadata.json for complete.
+            # To readers, a directory with metadata.json is complete.
             for name in sorted(os.listdir(scratch), key=lambda name: name == "metadata.json"):
                 tfds_format.copy_file(os.path.join(scratch, name), str(work / name))

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import BinaryIO
 
 import fsspec
@@ -14,7 +14,7 @@ from data_pipelines import outages
 from save_jax import files, locks
 from save_jax.errors import UserError
 
-# The folder to keep copies in, of whatever data set; it may be emptied at any time.
+# Names the folder for the copies of all data sets; it may be emptied at any time.
 DIRECTORY_VARIABLE = "SAVE_JAX_CACHE"
 
 _CHUNK = 8 * 2**20
@@ -22,16 +22,16 @@ _DIGITS = 24  # of a version, in the name of its copy
 
 
 def local_copies(paths: Sequence[str]) -> list[str]:
-    """Copies those remote files that have no copy here yet.
+    """Copies remote files to this machine, unless there are copies already.
 
-    A copy belongs to the very version of a file: of one written anew, there is a new copy. Of the
-    processes of a machine that want the same files, one copies, the others wait for it.
+    A copy belongs to one version of a file: a file that has changed is copied again. Of the
+    processes of a machine that want the same files, one copies and the others wait for it.
 
     Args:
         paths: remote files (gs://…, s3://…).
 
     Returns:
-        the path of the copy of each.
+        The path of each file's copy.
 
     Raises:
         UserError: a file is absent, its kind of store cannot be reached from here, or the copies
@@ -46,11 +46,13 @@ def local_copies(paths: Sequence[str]) -> list[str]:
         with _one_process_at_a_time(directory / "lock"):
             return _copy_all(paths, directory)
     except FileNotFoundError as error:
-        raise UserError(f"expected the file {error}, did not find it. Prepare again.") from error
+        raise UserError(
+            f"expected the prepared file {error}, did not find it. Prepare again."
+        ) from error
     except ImportError as error:
         raise UserError(
             f"{paths[0]}: expected a store that can be read from, found that a package is missing "
-            f"({error}). Install gcsfs for gs://, s3fs for s3://."
+            f"({error}). gs:// and s3:// need the extra [remote]: pip install -e '.[remote]'"
         ) from error
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in outages.NO_SPACE:
@@ -58,8 +60,8 @@ def local_copies(paths: Sequence[str]) -> list[str]:
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"{directory}: expected to keep copies there of {paths[0]} and others, found: {error}. "
-            f"Make room, or let {DIRECTORY_VARIABLE} name a folder on a larger disk."
+            f"{directory}: expected a folder for local copies of {paths[0]} and others, found: "
+            f"{error}. Make room, or set {DIRECTORY_VARIABLE} to a folder on a larger disk."
         ) from error
 
 
@@ -67,7 +69,7 @@ def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
     copies, absent = [], []
     for path in paths:
         store, name = fsspec.core.url_to_fs(path)
-        # What the store says of a file changes when the file does: its time, its checksum.
+        # The store's key of a file (its time, its checksum) changes when the file does.
         with outages.reaching(path):
             key = store.ukey(name)
         version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:_DIGITS]
@@ -77,7 +79,7 @@ def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
             absent.append((store, name, path, copy))
     if absent:
         version = "[0-9a-f]" * _DIGITS
-        for left in directory.glob(f".{version}-*.tmp"):  # by processes that were killed
+        for left in directory.glob(f".{version}-*.tmp"):  # left by processes that were killed
             left.unlink(missing_ok=True)
         with outages.reaching(paths[0]):
             total = sum(store.size(name) for store, name, *_ in absent)
@@ -99,10 +101,10 @@ def _copy(
     copy: pathlib.Path,
     progress: tqdm.tqdm,
 ) -> None:
-    """Copies a file, which has its name only once it is complete."""
+    """Copies a file; the copy gets its name only once it is complete."""
     with outages.reaching(path):
         source = store.open(name, "rb")
-    # Where the lock of the folder holds nobody off, two processes may copy the same file.
+    # On a file system without locks, two processes may copy the same file.
     with source, files.appearing(copy, unique=True) as partial, partial.open("wb") as target:
         while chunk := _read(source, path):
             progress.update(target.write(chunk))
@@ -114,8 +116,9 @@ def _read(source: BinaryIO, path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
+def _one_process_at_a_time(path: pathlib.Path) -> Generator[None]:
     descriptor = locks.lock(path, wait=True)
+    assert descriptor is not None  # since it waits
     try:
         yield
     finally:

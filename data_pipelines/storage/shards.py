@@ -1,9 +1,9 @@
-"""Some clips of a split and the file of their records: the unit of work and of resumption.
+"""Shards: some clips of a split and the file of their records, the unit of work and of resuming.
 
-A split's clips are cut into shards, which are known before any work is done. A shard is done once
-its records are written and then its note, a small JSON file that says what came of its clips and
-by which fingerprint it can be told that they are still the same. So a preparation may end at any
-moment; the next one does what is not done, and the result is the same to the byte.
+A split's clips are cut into shards before any work is done. A shard is done once its records are
+written and then its note, a small JSON file with the results of its clips and a fingerprint of what
+they were made from. So a preparation may be interrupted at any moment: the next one writes the
+missing shards, and the result has the same bytes.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,10 +21,11 @@ from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.record import Record, read_records
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
+from data_pipelines.tables import counted
 from save_jax.files import is_remote
 
-# Few clips, so that an interruption costs little and many machines find work; but readers keep all
-# files of a split open, and a process usually may open 1,024.
+# Few clips per shard, so that an interruption costs little and many machines find work; but readers
+# keep all files of a split open, and a process may usually open 1,024.
 CLIPS_PER_SHARD = 64
 MOST_SHARDS = 512
 
@@ -39,7 +40,7 @@ INDEX_FIELDS = (
     "num_frames",
 )
 
-# Raised whenever what is stored of a clip changes though its recipe does not.
+# Raised whenever the stored form of a clip changes while its recipe does not.
 _FORMAT = 1
 
 
@@ -86,14 +87,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What came of a shard.
+    """The results of a shard.
 
     Attributes:
-        fingerprint: of what it was made of.
+        fingerprint: hash of what it was made from.
         index: INDEX_FIELDS of each record.
-        problems: the split, a clip's id and what is wrong with its files, for each such thing.
-        num_bytes: of all records.
-        file_size: of the file that holds them.
+        problems: the split, a clip's id and what is wrong with its files, for each fault.
+        num_bytes: size of all records.
+        file_size: size of the file that holds them, in bytes.
     """
 
     fingerprint: str
@@ -104,7 +105,12 @@ class Note:
 
 
 def cut(
-    splits: dict[str, Sequence[Clip]], *, directory: str, notes: str, dataset: str, recipe: Recipe
+    splits: Mapping[str, Sequence[Clip]],
+    *,
+    directory: str,
+    notes: str,
+    dataset: str,
+    recipe: Recipe,
 ) -> list[Shard]:
     """Cuts the clips of all splits into shards; a split without clips has none."""
     shards = []
@@ -128,18 +134,18 @@ def cut(
 
 
 def fingerprints(shards: Sequence[Shard]) -> list[str]:
-    """A hash for each shard of all that decides its records.
+    """Hashes for each shard everything that decides its records.
 
-    These are the recipe, the version of the code, what is known of its clips, and the sizes and
-    times of their files; of a folder of images, their names and its time.
+    This is the recipe, the version of the code, the annotations of its clips, and the sizes and
+    times of their files; for a folder of images, their names and its time.
     """
-    # Each asks for the state of some hundred files, which may be far away.
+    # Each needs the status of a few hundred files, which may be remote.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(_fingerprint, shards))
 
 
 def note_if_done(shard: Shard, fingerprint: str) -> Note | None:
-    """The note of a shard that is done, with the same clips and files; None when it is not."""
+    """Returns the note of a shard that is done with the same clips and files; otherwise None."""
     note = tfds_format.read_json(shard.note_path)
     if note is None or note["fingerprint"] != fingerprint:
         return None
@@ -182,9 +188,9 @@ def write(
 
 
 def _check_still_there(shard: Shard, fingerprint: str, problems: list[Problem]) -> None:
-    """Raises OutageError if files were absent when they were read that are or were there.
+    """Raises OutageError if files were absent when read that existed before or exist now.
 
-    A mount that is lost in the middle of the work says of each of its files that it does not exist.
+    When a mount is lost during the work, each of its files seems not to exist.
     """
     absent = [words for _, _, words in problems if words.endswith("the file does not exist")]
     if not absent:
@@ -194,9 +200,9 @@ def _check_still_there(shard: Shard, fingerprint: str, problems: list[Problem]) 
     if back or _fingerprint(shard) != fingerprint:
         raise outages.in_words(
             back[0] if back else shard.records_path,
-            f"{len(absent)} files were there when the work began and not when they were read, the "
-            f"first one: {absent[0]}",
-            "See that the disk or the mount is there",
+            f"{counted(len(absent), 'file')} disappeared between the start of the work and its "
+            f"reading, the first: {absent[0]}",
+            "Check that the disk or the mount is there",
         )
 
 
@@ -205,13 +211,13 @@ def _files(clip: Clip) -> tuple[str | None, ...]:
 
 
 def write_plan(shard: Shard, fingerprint: str) -> None:
-    """Writes all that `write_planned` needs to know of a shard."""
+    """Writes everything that `write_planned` needs to know about a shard."""
     plan = {"fingerprint": fingerprint, "shard": dataclasses.asdict(shard)}
     tfds_format.write_file(shard.plan_path, json.dumps(plan).encode())
 
 
 def write_planned(plan_path: str, workers: int) -> None:
-    """Reads and writes the shard of a plan: what a machine of many does (module beam).
+    """Reads the media and writes the records of a planned shard: the work of one Beam worker.
 
     Args:
         plan_path: where `write_plan` wrote it.
@@ -239,10 +245,10 @@ def _fingerprint(shard: Shard) -> str:
 
 
 def _stamp(path: str | None) -> list[Any]:
-    """Size and time of a file, or time and names of a folder; empty when there is none.
+    """Returns size and time of a file, or time and names of a folder; [] when there is none.
 
     Raises:
-        OutageError: that is not known now.
+        OutageError: the store or disk cannot say now.
     """
     if not path:
         return []
@@ -256,6 +262,6 @@ def _stamp(path: str | None) -> list[Any]:
                 size, time, is_folder = status.st_size, status.st_mtime_ns, os.path.isdir(path)
             if is_folder:
                 return [time, sorted(entry.name for entry in epath.Path(path).iterdir())]
-    except OSError:  # reading it will say what the matter is
+    except OSError:  # reading it will report the reason
         return []
     return [size, time]

@@ -1,6 +1,6 @@
-"""How clips are stored: tensorflow_datasets' examples in array_record files, and its metadata.
+"""Stores clips as tensorflow_datasets' examples in array_record files, with its metadata.
 
-Nothing here needs TensorFlow itself, which takes seconds to import: the features are of NumPy's
+Nothing here needs TensorFlow itself, which takes seconds to import: the features have NumPy's
 types.
 """
 
@@ -10,12 +10,12 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # ty: ignore[missing-module-member]  # no stubs
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer
 
@@ -29,11 +29,11 @@ _FILE_FORMAT = "array_record"
 
 
 class SplitSize(NamedTuple):
-    """What TFDS wants to know of a split.
+    """The sizes of a split, as TFDS records them.
 
     Attributes:
         shard_lengths: records in each of its files; a file may have none.
-        num_bytes: of all its records.
+        num_bytes: size of all its records.
     """
 
     shard_lengths: list[int]
@@ -42,7 +42,7 @@ class SplitSize(NamedTuple):
 
 @functools.cache
 def features(recipe: Recipe) -> tfds.features.FeaturesDict:
-    """The features of a record, in TFDS's description of them."""
+    """Describes the features of a record in TFDS's terms."""
     strings = tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_))
     vector = tfds.features.Tensor(shape=(recipe.teacher_size,), dtype=np.float32)
     return tfds.features.FeaturesDict(
@@ -67,25 +67,25 @@ def features(recipe: Recipe) -> tfds.features.FeaturesDict:
 
 
 def serialize(record: dict[str, Any], recipe: Recipe) -> bytes:
-    """Turns a record into a tf.train.Example: the same bytes for the same features."""
+    """Serialises a record as a tf.train.Example: the same bytes for the same features."""
     example = _serializer(recipe).get_tf_example(features(recipe).encode_example(record))
-    # The order of an Example's features is otherwise another in each process.
+    # Otherwise the order of an Example's features differs between processes.
     return example.SerializeToString(deterministic=True)
 
 
 def write_records(path: str, serialized: Iterable[bytes]) -> int:
-    """Writes one array_record file, which has its name only once it is complete.
+    """Writes one array_record file, which gets its name only once it is complete.
 
     Args:
-        path: where to; if it is not on this machine, the file is made here and copied there.
-        serialized: the records, which are consumed one by one.
+        path: the file; a remote one is written on this machine first and then copied.
+        serialized: the records, consumed one by one.
 
     Returns:
-        The size of the file.
+        The size of the file, in bytes.
     """
     with _partial_file(path) as partial:
         with _as_system_error():
-            # JPEG does not get smaller, and raw frames would take longer to unpack than to read.
+            # JPEG does not shrink, and raw frames would take longer to decompress than to read.
             writer = array_record_module.ArrayRecordWriter(partial, "group_size:1,uncompressed")
         try:
             for record in serialized:
@@ -98,19 +98,19 @@ def write_records(path: str, serialized: Iterable[bytes]) -> int:
 
 
 def write_file(path: str, content: bytes) -> None:
-    """Writes a small file, which has its name only once it is complete."""
+    """Writes a small file, which gets its name only once it is complete."""
     with _partial_file(path) as partial, open(partial, "wb") as file:
         file.write(content)
 
 
 def copy_file(source: str, path: str) -> None:
-    """Copies a file of this machine; the copy has its name only once it is complete."""
+    """Copies a file of this machine; the copy gets its name only once it is complete."""
     with _partial_file(path) as partial:
         shutil.copyfile(source, partial)
 
 
 def remove_others(directory: str, names: Iterable[str]) -> None:
-    """Removes the files of a directory that have none of these names: what was left unfinished."""
+    """Removes the files of a directory without one of these names: leftovers of unfinished work."""
     keep = set(names)
     try:
         found = list(epath.Path(directory).iterdir())
@@ -131,16 +131,16 @@ def write_metadata(
     splits: dict[str, SplitSize],
     metadata: dict[str, Any],
 ) -> None:
-    """Writes what TFDS reads of a data set before its records.
+    """Writes the metadata that TFDS reads before a data set's records.
 
     Args:
-        directory: where to, on this machine.
+        directory: the folder to write to, on this machine.
         dataset: the data set's name.
         variant: the name of its variant, TFDS's config.
         version: "1.0.0".
         recipe: what made the records.
         splits: the sizes of its splits.
-        metadata: what else to keep, in metadata.json.
+        metadata: our own metadata, for metadata.json.
     """
     identity = dataset_info.DatasetIdentity(
         name=dataset,
@@ -177,7 +177,7 @@ def write_metadata(
 
 
 def record_file(dataset: str, split: str, number: int, of: int) -> str:
-    """The name that TFDS gives to file `number` (from 0) of the `of` files of a split."""
+    """Returns TFDS's name of file `number` (from 0) of the `of` files of a split."""
     return f"{dataset}-{split}.{_FILE_FORMAT}-{number:05d}-of-{of:05d}"
 
 
@@ -190,16 +190,16 @@ def read_json(path: str) -> Any:
 
 
 def system_error(error: RuntimeError) -> OSError | None:
-    """The system's error that array_record passes on in words alone; None when it is not one."""
+    """Returns the system's error that array_record quotes without its number, if it is one."""
     told = [number for number in errno.errorcode if os.strerror(number) in str(error)]
-    # "No such device" is also the beginning of another.
+    # "No such device" is also the beginning of another message.
     number = max(told, key=lambda number: len(os.strerror(number)), default=None)
     return None if number is None else OSError(number, str(error))
 
 
 @contextlib.contextmanager
-def writing(directory: str) -> Iterator[None]:
-    """Turns what may go wrong in writing to a directory into errors that say what to do.
+def writing(directory: str) -> Generator[None]:
+    """Converts errors of writing to a directory into errors that say what to do.
 
     Raises:
         UserError: it is full, or cannot be written to.
@@ -210,21 +210,21 @@ def writing(directory: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in outages.NO_SPACE:
             raise UserError(
-                f"{directory}: expected room for the prepared data, found the disk full. What was "
-                "done is kept there: make room and run the same command again, which goes on from "
-                "there; or give a folder on another disk as --out."
+                f"{directory}: expected room for the prepared data, found the disk full. Finished "
+                "work is kept there: make room and run the same command again to resume; or give a "
+                "folder on another disk as --out."
             ) from error
         outages.pass_on(error, directory)
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"--out={directory}: expected a folder to write to, found: {error}."
+            f"--out={directory}: expected a folder to write to, found: {error}. Give another --out."
         ) from error
 
 
 @contextlib.contextmanager
-def _as_system_error() -> Iterator[None]:
-    """array_record tells what the system said in words alone; gives it back its number."""
+def _as_system_error() -> Generator[None]:
+    """Restores the error number of the system's errors that array_record quotes without it."""
     try:
         yield
     except RuntimeError as error:
@@ -237,10 +237,10 @@ def _serializer(recipe: Recipe) -> example_serializer.ExampleSerializer:
 
 
 @contextlib.contextmanager
-def _partial_file(path: str) -> Iterator[str]:
-    """Gives the name of a file on this machine to write, which becomes `path` at the end."""
+def _partial_file(path: str) -> Generator[str]:
+    """Yields the name of a file on this machine to write, which becomes `path` at the end."""
     here = outages.temporary if is_remote(path) else contextlib.nullcontext
     with contextlib.ExitStack() as stack, here():
-        # A name of its own for each attempt: Beam may have two workers at one shard.
+        # A unique name for each attempt: Beam may run two workers on one shard.
         partial = stack.enter_context(files.appearing(epath.Path(path), unique=True))
         yield os.fspath(partial)

@@ -17,20 +17,16 @@ the machine has little effect.
 import argparse
 import concurrent.futures
 import contextlib
-import csv
 import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Callable
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -39,17 +35,10 @@ from data_pipelines.modalities import audio, record
 from data_pipelines.modalities import video as video_files
 from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
+from launch.benchmark import media
 from save_jax.batch import MAX_WORDS
 from save_jax.errors import UserError
 
-WIDTH, HEIGHT, FPS, SOUND_RATE = 320, 240, 25, 44100
-SHOT_SECONDS = 5
-# How many clips are made; the others are links to these files.
-_DISTINCT = 4
-# The steepness of a picture's spectrum. This one gives H.264 files of about 400 kbit/s with x264's
-# own settings, and JPEG frames of about 35 kB.
-_STEEPNESS = 1.2
-_CAPTIONS = 20
 _MEBIBYTE = 2**20
 
 
@@ -95,8 +84,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-") as folder:
         root = pathlib.Path(folder)
         print(f"Making clips of {options.clip_seconds} s and preparing {options.clips} of them.")
-        long_shot = make_clip(root / "one.mp4", 0, options.clip_seconds, options.clip_seconds)
-        clips = _make_data_set(root / "clips", options.clips, options.clip_seconds)
+        long_shot = media.make_clip(root / "one.mp4", 0, options.clip_seconds, options.clip_seconds)
+        clips = media.make_data_set(root / "clips", options.clips, options.clip_seconds)
         reading, preparing = {}, {}
         for encoding in ("jpeg", "raw"):
             out = root / encoding
@@ -111,7 +100,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             reading[encoding] = _in_own_process(
                 read_batches, str(out), options.batch_size, options.seconds
             )
-        cut = [clip.video for clip in clips[:_DISTINCT]]
+        cut = [clip.video for clip in clips[: media.DISTINCT]]
         for shots, videos in (("one_shot", [str(long_shot)]), ("shots_of_5_s", cut)):
             preparing[shots] = {
                 way.__name__: _in_own_process(_repeat, way, videos, options.seconds)
@@ -135,28 +124,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def make_clip(path: pathlib.Path, seed: int, seconds: int, shot_seconds: int) -> pathlib.Path:
-    """Writes an H.264 file with AAC sound, 320×240 at 25 frames a second, and a .wav beside it.
-
-    Each shot pans over a picture whose spectrum falls like that of photographs, with a second
-    picture that circles in it. The encoders use their default settings.
-    """
-    rng = np.random.default_rng([seed, shot_seconds])
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=Fraction(FPS))
-        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        sound = container.add_stream("aac", rate=SOUND_RATE, layout="stereo")
-        for pixels in _pictures(rng, seconds * FPS, shot_seconds * FPS):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        frame = av.AudioFrame.from_ndarray(_sound(rng, seconds), format="fltp", layout="stereo")
-        frame.sample_rate = SOUND_RATE
-        container.mux(sound.encode(frame))
-        for stream in (video, sound):
-            container.mux(stream.encode(None))
-    _write_wav(path.with_suffix(".wav"), _waveform(path))
-    return path
-
-
 def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns frames and filterbank of a clip, read in the reference's way.
 
@@ -177,7 +144,7 @@ def reference(video: str) -> tuple[np.ndarray, np.ndarray]:
         frames.append(video_files.fit(image, recipe.image_size))
     capture.release()
     kept = [frames[i] for i in video_files.keep_evenly(len(frames), recipe.max_frames)]
-    waveform = _waveform(pathlib.Path(video).with_suffix(".wav"))
+    waveform = media.waveform(pathlib.Path(video).with_suffix(".wav"))
     return np.stack(kept), audio.fbank(waveform, recipe)
 
 
@@ -185,12 +152,12 @@ def to_arrays(video: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the same arrays as preparation makes them, with the sound from the video itself."""
     recipe = Recipe()
     frames = video_files.decode_frames(video, recipe)
-    return frames, audio.fbank(_waveform(video), recipe)
+    return frames, audio.fbank(media.waveform(video), recipe)
 
 
 def to_record(video: str) -> record.Record:
     """Returns the record of a clip that is stored: the same arrays, with the frames as JPEG."""
-    return record.read_record(_clip("clip", video), Recipe())
+    return record.read_record(media.clip_of("clip", video), Recipe())
 
 
 def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, float]:
@@ -277,10 +244,10 @@ def _table(results: dict[str, Any]) -> str:
             "reference": "the reference's way, from the video",
         },
     )
-    shots = {"one_shot": "one shot", "shots_of_5_s": f"shots of {SHOT_SECONDS} s"}
+    shots = {"one_shot": "one shot", "shots_of_5_s": f"shots of {media.SHOT_SECONDS} s"}
     for key, words in shots.items():
         rows(
-            f"Preparing a clip of {seconds} s, {HEIGHT}p, {words}",
+            f"Preparing a clip of {seconds} s, {media.HEIGHT}p, {words}",
             preparing[key],
             {
                 "to_arrays": "frames and filterbank from the video",
@@ -298,90 +265,6 @@ def _table(results: dict[str, Any]) -> str:
             f"Memory while reading {encoding}: {peak:.0f} MiB at most, {before:.0f} MiB before"
         )
     return "\n".join(lines)
-
-
-def _make_data_set(root: pathlib.Path, count: int, seconds: int) -> list[Clip]:
-    """Makes a folder of videos with captions and transcripts, most of them links to a few."""
-    root.mkdir()
-    ids = [f"clip{number:05d}" for number in range(count)]
-    for number, video_id in enumerate(ids):
-        path = root / f"{video_id}.mp4"
-        if number < _DISTINCT:
-            make_clip(path, number, seconds, SHOT_SECONDS)
-            continue
-        source = root / f"{ids[number % _DISTINCT]}.mp4"
-        try:
-            os.link(source, path)
-        except OSError:  # a file system without links
-            shutil.copyfile(source, path)
-    with (root / "captions.csv").open("w", newline="") as file:
-        rows = [(i, f"caption {n} of {i}", "train") for i in ids for n in range(_CAPTIONS)]
-        csv.writer(file).writerows([("video_id", "caption", "split"), *rows])
-    spoken = [{"key": f"{i}.mp4", "text": f"what is said in {i}"} for i in ids]
-    (root / "asr.json").write_text(json.dumps(spoken))
-    return [_clip(video_id, str(root / f"{video_id}.mp4")) for video_id in ids]
-
-
-def _clip(video_id: str, video: str) -> Clip:
-    return Clip(
-        video_id=video_id,
-        video=video,
-        audio=None,
-        captions=(),
-        groups=(),
-        teacher_video=None,
-        teacher_audio=None,
-    )
-
-
-def _pictures(rng: np.random.Generator, count: int, shot: int) -> Iterator[np.ndarray]:
-    for number in range(count):
-        time_in_shot = number % shot
-        if time_in_shot == 0:
-            back, front = _texture(rng, 512), _texture(rng, 96)
-            start, velocity = rng.uniform(0, 512, 2), rng.uniform(-1, 1, 2)
-        y, x = (start + velocity * time_in_shot).astype(int)
-        # The picture wraps around without a seam.
-        pixels = back.take(np.arange(y, y + HEIGHT), 0, mode="wrap")
-        pixels = pixels.take(np.arange(x, x + WIDTH), 1, mode="wrap")
-        y = int(72 + 60 * np.sin(time_in_shot / 9))
-        x = int(112 + 90 * np.cos(time_in_shot / 7))
-        pixels[y : y + 96, x : x + 96] = front
-        yield pixels
-
-
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Returns a random picture, uint8 [size, size, 3], with few details and similar hues."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
-    frequency[0, 0] = 1
-    noise = np.fft.rfft2(rng.standard_normal((3, size, size)))
-    light, red, blue = np.fft.irfft2(noise * frequency**-_STEEPNESS, s=(size, size))
-    colours = np.stack([light + 0.2 * red, light, light + 0.2 * blue], axis=-1)
-    colours = 120 + 50 * (colours - colours.mean()) / colours.std()
-    return np.clip(colours, 0, 255).astype(np.uint8)
-
-
-def _sound(rng: np.random.Generator, seconds: int) -> np.ndarray:
-    time = np.arange(seconds * SOUND_RATE) / SOUND_RATE
-    tones = 0.2 * np.sin(2 * np.pi * 220 * time) + 0.1 * np.sin(2 * np.pi * 1500 * time)
-    noise = 0.05 * rng.standard_normal((2, len(time)))
-    return np.ascontiguousarray(tones + noise, np.float32)
-
-
-def _waveform(path: str | os.PathLike) -> np.ndarray:
-    waveform = audio.read_waveform(path)
-    assert waveform is not None  # every file made here has sound
-    return waveform
-
-
-def _write_wav(path: pathlib.Path, waveform: np.ndarray) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=audio.SAMPLE_RATE, layout="mono")
-        samples = np.round(np.clip(waveform, -1, 1) * (2**15 - 1)).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate = audio.SAMPLE_RATE
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
 
 
 def _memory(field: str) -> float:
@@ -411,8 +294,8 @@ def _check(options: argparse.Namespace) -> None:
             )
     if options.workers < 0:
         raise UserError(f"--workers={options.workers}: expected --workers of at least 0")
-    if options.batch_size > options.clips * _CAPTIONS:
+    if options.batch_size > options.clips * media.CAPTIONS:
         raise UserError(
-            f"--batch_size={options.batch_size}: expected at most {_CAPTIONS} for each of the "
+            f"--batch_size={options.batch_size}: expected at most {media.CAPTIONS} for each of the "
             f"{options.clips} clips"
         )

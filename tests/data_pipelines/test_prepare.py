@@ -290,6 +290,16 @@ def test_the_demo_corpus_is_made_and_completed(tmp_path, monkeypatch):
     assert preparation.places("demo", None, "somewhere") == ("somewhere/corpus", "somewhere")
 
 
+def test_the_demo_is_made_and_prepared_below_a_root_alone(tmp_path, monkeypatch):
+    from data_pipelines import demo_corpus
+
+    small = functools.partial(demo_corpus.generate, n_train=2, n_test=2)
+    monkeypatch.setattr(demo_corpus, "generate", small)
+    assert main(["demo", f"--root={tmp_path / 'corpus'}", "--workers=1", *FLAGS]) == 0
+    directory = tmp_path / "corpus" / "prepared" / "demo" / "default" / "1.0.0"
+    assert metadata(directory)["counts"]["train"]["prepared"] == 2
+
+
 def test_what_is_not_given_is_as_usual_for_the_data_set(monkeypatch):
     from data_pipelines.datasets import msrvtt
 
@@ -395,7 +405,7 @@ def test_problems_of_the_annotations_are_counted_and_with_strict_an_error(
     directory = tmp_path / "msrvtt" / "9k" / "1.0.0"
     with (directory / "problems.csv").open() as file:
         assert [tuple(row) for row in list(csv.reader(file))[1:]] == list(problems)
-    assert f"2 problems; each is in {directory}" in capsys.readouterr().out
+    assert f"2 problems, listed in {directory}" in capsys.readouterr().out
 
 
 def test_strict_does_not_pass_over_shards_that_were_written_without_it(root, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def misname(directory):
         (lambda directory: shutil.copy(directory / FILE, directory / FILE.replace("1", "2", 1)),
          "expected 1 records, found 3", 6),
         (flip, f"{FILE}: record", 6),
-        (misname, "the index has 'video1' there, the file 'video0'", 5),
+        (misname, "expected the clip 'video1' of the index, found 'video0'", 5),
         (lambda directory: (directory / "index-train.json").unlink(), "index-train.json", None),
         (lambda directory: (directory / "dataset_info.json").write_text("{"), "TFDS", None),
         (lambda directory: (directory / "metadata.json").unlink(), "is not prepared", None),

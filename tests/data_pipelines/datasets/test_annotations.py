@@ -87,7 +87,7 @@ def test_rows_that_are_left_out(write):
         ("", "columns video_id, caption in its first line, found nothing"),
         ("video_id;caption\na;x\n", r"found video_id;caption\. .*separated by commas"),
         ("id,caption\na,x\n", "found id, caption"),
-        ("video_id,caption\n", "expected one row a clip or caption; found none"),
+        ("video_id,caption\n", "expected one row per clip or caption, found none."),
         ("video_id,caption\na,\n", "line 2 left out: it has no caption"),
         ('video_id,caption\na,x\nb,"y\nc,z\n', "near line 4: .*quote"),
         (b"video_id,caption\na,x\nb,\xe9t\xe9\n", r"UTF-8.* line 3 \(byte 23\)"),
@@ -106,7 +106,7 @@ def test_other_files_that_stop(write, tmp_path):
         annotations.read_json(write("[1,\n"), "numbers")
     with pytest.raises(UserError, match="file: expected one row"):
         annotations.read_tsv(write("\n"), ("id", "text"), [])
-    with pytest.raises(UserError, match="file: expected one clip's id a line, found none"):
+    with pytest.raises(UserError, match="file: expected one clip id per line, found none"):
         annotations.read_list(write("\n \n"), [])
     with pytest.raises(UserError, match=r"nowhere: expected an annotation file.*--root"):
         annotations.read_text(str(tmp_path / "nowhere"))

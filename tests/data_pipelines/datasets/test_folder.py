@@ -89,8 +89,8 @@ def test_captions(tmp_path):
         ("", str(tmp_path / "captions.csv"),
          "line 10 left out: 4 cells for 3 columns; a text with a comma needs quotes around it"),
         ("", str(tmp_path / "captions.csv"), "line 6 left out: it has no caption and no split"),
-        ("", "b.mp4", "no such video, but in captions.csv: line 4; an id has no ending: b"),
-        ("", "gone", "no such video, but in captions.csv: line 7, 8"),
+        ("", "b.mp4", "no such video, listed in captions.csv, line 4; an id has no ending: b"),
+        ("", "gone", "no such video, listed in captions.csv, line 7, 8"),
         ("val", "b", "it is in the split 'test' too"),
     )  # fmt: skip
 

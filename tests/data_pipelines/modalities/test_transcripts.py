@@ -65,7 +65,7 @@ def test_of_duplicates_the_first_text_counts_and_the_ids_are_named(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         found = read_asr(write(tmp_path / "asr.json", entries))
     assert found == {"twice": "first words", "alone": "one"}
-    assert "1 ids" in caplog.text and "twice" in caplog.text and "alone" not in caplog.text
+    assert "once (1)" in caplog.text and "twice" in caplog.text and "alone" not in caplog.text
 
 
 @pytest.mark.parametrize(

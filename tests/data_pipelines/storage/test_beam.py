@@ -17,7 +17,7 @@ def test_beam_without_beam(miniature, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     command = ["msrvtt", f"--root={miniature}", f"--out={tmp_path}", "--beam_runner=DirectRunner"]
     assert main([*command, *FLAGS]) == 2
-    assert "pip install 'save_jax[beam]'" in capsys.readouterr().err
+    assert "pip install -e '.[beam]'" in capsys.readouterr().err
 
 
 def test_the_direct_runner_and_the_local_path_give_identical_files(miniature, tmp_path):
@@ -40,7 +40,7 @@ def test_a_failure_in_the_pipeline_is_one_message(miniature, tmp_path, monkeypat
     out = str(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(shards, "write_plan", lambda *_: None)  # so that no worker finds its plan
-        with pytest.raises(UserError, match=r"--beam_runner=DirectRunner: .*same command"):
+        with pytest.raises(UserError, match=r"--beam_runner=DirectRunner: .*same command again"):
             preparing.run(str(miniature), out, beam_runner="DirectRunner")
     assert not list(tmp_path.rglob("dataset_info.json")), "what failed looks complete"
     found = preparing.run(str(miniature), out, beam_runner="DirectRunner")

@@ -106,7 +106,7 @@ def test_one_process_copies_and_the_others_wait(bucket, tmp_path):
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and not found
-        other.kill()  # a process that dies lets the next one go on
+        other.kill()  # when a process dies, the next one continues
         waiting.join(10)
         assert _content(*found) == b"content"
 

@@ -1,11 +1,13 @@
 import json
 import sys
 
+import av
 import numpy as np
 import pytest
 
 from launch.benchmark import __main__ as benchmark
 from launch.benchmark import input as benchmark_input
+from launch.benchmark import media
 
 TINY = ["--clips=2", "--clip_seconds=2", "--seconds=0", "--batch_size=2", "--workers=1"]
 
@@ -30,7 +32,7 @@ def test_the_command_at_tiny_size(monkeypatch, capsys):
 
 
 def test_both_ways_give_the_same_of_a_clip(tmp_path):
-    video = str(benchmark_input.make_clip(tmp_path / "a.mp4", 0, seconds=3, shot_seconds=1))
+    video = str(media.make_clip(tmp_path / "a.mp4", 0, seconds=3, shot_seconds=1))
     frames, fbank = benchmark_input.to_arrays(video)
     its_frames, its_fbank = benchmark_input.reference(video)
     assert frames.shape == (3, 224, 224, 3)
@@ -43,8 +45,8 @@ def test_both_ways_give_the_same_of_a_clip(tmp_path):
 
 
 def test_shots_differ_and_each_begins_with_a_key_frame(tmp_path):
-    video = benchmark_input.make_clip(tmp_path / "a.mp4", 0, seconds=6, shot_seconds=2)
-    with benchmark_input.av.open(str(video)) as container:
+    video = media.make_clip(tmp_path / "a.mp4", 0, seconds=6, shot_seconds=2)
+    with av.open(str(video)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.audio[0].codec_context.name == "aac"
         keys = [packet.pts for packet in container.demux(video=0) if packet.is_keyframe]
