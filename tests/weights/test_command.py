@@ -155,7 +155,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert run("import", file, f"--out={ours}") == 2
     assert run("import", file, f"--out={ours}", "--overwrite") == 0
     assert run("import", file, f"--out={tmp_path / 'run'}", "--overwrite") == 2
-    assert "no import has made" in capsys.readouterr().err
+    assert "that no import made" in capsys.readouterr().err
     assert weights.load(str(ours), small.config(), EXPECTED).absent == ()
 
 
