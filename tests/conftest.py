@@ -23,8 +23,8 @@ if MADE_CACHE:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests send
-# Ctrl-C to commands.
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests
+# send Ctrl-C to commands.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

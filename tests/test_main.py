@@ -51,6 +51,23 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.model.clip.patch_size=7"], "not a multiple of patch_size 7"),
         (["--config.model.speech_weight=0", "--config.model.sound_weight=0"], "needs sound"),
         (["--config.optimizer.new=-1"], "expected a number of at least 0"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capfd, arguments, message):
+    if not any(argument.startswith("--config=") for argument in arguments):
+        arguments = ["--config=configs/demo.py", *arguments]
+    code = main.main(["save_jax.main", f"--workdir={tmp_path / 'run'}", *arguments])
+    said = capfd.readouterr().err
+    assert code == 2, said
+    assert message in said
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/demo.py", "--config.nokey=3"], "unknown config key 'nokey'"),
         (["--config=configs/msrvtt.py"], "python -m data_pipelines.prepare msrvtt"),
         (
             ["--config=configs/msrvtt.py", "--config.data.dir=/nowhere"],
@@ -58,9 +75,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         ),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
-    if not any(argument.startswith("--config=") for argument in arguments):
-        arguments = ["--config=configs/demo.py", *arguments]
+def test_a_mistake_ends_the_command_with_exit_code_2(tmp_path, arguments, message):
     done = command(f"--workdir={tmp_path / 'run'}", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
