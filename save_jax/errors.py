@@ -1,11 +1,12 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import difflib
 import errno
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import ParamSpec
 
@@ -75,6 +76,12 @@ class OutageError(Exception):
 
 class NonFiniteLossError(Exception):
     """Training broke down: a loss or a gradient is not finite. Entry points exit with code 1."""
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """Formats a question that names the one of `known` nearest to `found`; "" if none is near."""
+    near = difflib.get_close_matches(found, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def is_outage(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from etils import epath
 
 from data_pipelines import outages
 from data_pipelines.datasets.types import Problem
-from save_jax.errors import UserError
+from save_jax.errors import UserError, did_you_mean
 
 Row = tuple[int, dict[str, str]]  # the line it begins in, from 1, and its cells by column
 
@@ -40,19 +40,26 @@ def require(root: str, files: Sequence[str], owner: str) -> None:
 
 
 def read_csv(
-    path: str, columns: Sequence[str], problems: list[Problem], *, blank: Sequence[str] = ()
+    path: str,
+    columns: Sequence[str],
+    problems: list[Problem],
+    *,
+    blank: Sequence[str] = (),
+    optional: Sequence[str] | None = None,
 ) -> list[Row]:
     """Reads a comma-separated file whose first line names its columns.
 
     Args:
         path: the file.
-        columns: the columns that it must have; others are kept too.
+        columns: the columns that it must have.
         problems: gets the rows that are left out: without a value in one of the columns, or with
             more cells than there are columns, as an unquoted comma makes them.
         blank: the columns in which a row may have no value.
+        optional: the columns that it may have besides; None = any, which are kept too.
 
     Raises:
-        UserError: it is not such a file, lacks a column, or has no usable row.
+        UserError: it is not such a file, lacks a column, has one that it may not have, or has no
+            usable row.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     rows: list[Row] = []
@@ -64,6 +71,13 @@ def read_csv(
             raise UserError(
                 f"{path}: expected the columns {', '.join(columns)} in its first line, found "
                 f"{', '.join(names) or 'nothing'}. Is it the right file, separated by commas?"
+            )
+        strange = [name for name in names if name not in (*columns, *(optional or ()))]
+        if optional is not None and strange:
+            raise UserError(
+                f"{path}: expected the columns {', '.join(columns)} and optionally "
+                f"{', '.join(optional)} in its first line, found the unknown column "
+                f"{strange[0]!r}.{did_you_mean(strange[0], optional)} Rename or remove it."
             )
         before = reader.line_num
         for cells in reader:

@@ -2,17 +2,16 @@
 
 A clip's id is the path of its file from the folder, without the ending, with "/" between folders.
 `captions.csv` in the folder, if there is one, has the header `video_id,caption` and optionally the
-columns `group` (under which results are also reported) and `split`.
+columns `group` (under which results are also reported) and `split` (train, val or test).
 """
 
 import os
-import re
 import unicodedata
 
 from data_pipelines import outages
 from data_pipelines.datasets import annotations, layout
 from data_pipelines.datasets.types import Annotations, Problem
-from save_jax.errors import UserError
+from save_jax.errors import UserError, did_you_mean
 
 VARIANTS = ("default",)
 RECIPE: dict[str, int] = {}
@@ -20,6 +19,8 @@ RECIPE: dict[str, int] = {}
 CAPTIONS = "captions.csv"
 # The split of clips for which captions.csv names none: they can be embedded and searched.
 DEFAULT_SPLIT = "test"
+# No others: a misspelt one would take its clips out of training without a word.
+_SPLITS = ("train", "val", "test")
 
 # split -> id -> its captions, each with its group
 _Captions = dict[str, dict[str, list[tuple[str, str]]]]
@@ -82,18 +83,19 @@ def _read_captions(path: str, ids: list[str], problems: list[Problem]) -> _Capti
     normal = {unicodedata.normalize("NFC", video_id): video_id for video_id in reversed(ids)}
     spelt = {**normal, **{video_id: video_id for video_id in ids}}
     absent: dict[str, list[int]] = {}
-    columns = ("video_id", "caption")
-    for line, row in annotations.read_csv(path, columns, problems, blank=("caption",)):
+    rows = annotations.read_csv(
+        path, ("video_id", "caption"), problems, blank=("caption",), optional=("group", "split")
+    )
+    for line, row in rows:
         caption, split = row["caption"].strip(), row.get("split", "").strip()
         if not caption and not split:
             problems.append(("", path, f"line {line} left out: it has no caption and no split"))
             continue
         split = split or DEFAULT_SPLIT
-        # It becomes part of file names, and "all" means all splits to tensorflow_datasets.
-        if not re.fullmatch(r"[A-Za-z]\w*", split, re.ASCII) or split == "all":
+        if split not in _SPLITS:
             raise UserError(
-                f"{path}: expected a split such as train, val or test, of letters, digits and "
-                f"underscores, found {split!r} in line {line}."
+                f"{path}: expected a split out of {', '.join(_SPLITS)}, found {split!r} in line "
+                f"{line}.{did_you_mean(split, _SPLITS)}"
             )
         named = row["video_id"]
         video_id = spelt.get(named) or spelt.get(unicodedata.normalize("NFC", named))
