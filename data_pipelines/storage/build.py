@@ -26,6 +26,9 @@ from save_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+_PROBLEMS = "problems.csv"
+_EXAMPLES = 5  # problems that the message names
+
 
 def build(
     directory: epath.Path,
@@ -105,6 +108,7 @@ def build(
         split: [n for s, n in zip(all_shards, all_notes, strict=True) if s.split == split]
         for split in found.splits
     }
+    _check_usable(work, dataset, found, by_split, problems)
     _describe(work, directory.name, dataset, variant, recipe, found, by_split, problems)
     if work != directory:
         files.rename(work, directory)
@@ -144,6 +148,40 @@ def _write_here(
             shards.write(shard, its_print, its_records, strict=strict)
 
 
+def _check_usable(
+    work: epath.Path,
+    dataset: str,
+    found: Sources,
+    notes: dict[str, list[Note]],
+    problems: list[Problem],
+) -> None:
+    """Raises UserError naming the splits without a usable clip, once all problems are written."""
+    empty = [split for split in found.splits if not any(note.index for note in notes[split])]
+    if not empty:
+        return
+    path = work / _PROBLEMS
+    with tfds_format.writing(str(work)):
+        tfds_format.write_file(str(path), _as_csv(problems))
+    message = ""
+    for split in empty:
+        listed = len(found.splits[split])
+        message += f"{dataset}, split {split!r}: expected usable clips, found none among {listed}\n"
+        lines = [f"  {name}: {words}\n" for home, name, words in problems if home == split]
+        message += "".join(lines[:_EXAMPLES])
+        if len(lines) > _EXAMPLES:
+            message += f"  and {len(lines) - _EXAMPLES} more\n"
+    raise UserError(
+        f"{message}All problems are listed in {path}. Repair these files, or put them where the "
+        "data set's layout has them, and run the same command again: it keeps what is finished."
+    )
+
+
+def _as_csv(problems: list[Problem]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("split", "video_id", "problem"), *problems])
+    return text.getvalue().encode("utf-8", "surrogateescape")  # names of files
+
+
 def _describe(
     work: epath.Path,
     version: str,
@@ -154,23 +192,12 @@ def _describe(
     notes: dict[str, list[Note]],
     problems: list[Problem],
 ) -> None:
-    """Writes the index of the records, the problems and, last, the metadata.
-
-    Raises:
-        UserError: a split has no usable clip.
-    """
+    """Writes the index of the records, the problems and, last, the metadata."""
     counts, sizes = {}, {}
     with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
         for split, clips in found.splits.items():
             index = [entry for note in notes[split] for entry in note.index]
             its_problems = [problem for problem in problems if problem[0] == split]
-            if not index:
-                reason = its_problems[-1][2] if clips else "none is listed"
-                raise UserError(
-                    f"{dataset}, split {split!r}: expected clips to prepare, found none usable "
-                    f"among {len(clips)}; the last one: {reason}. Are the videos where the data "
-                    "set's layout puts them?"
-                )
             with open(os.path.join(scratch, f"index-{split}.json"), "w") as file:
                 json.dump(index, file)
             sizes[split] = tfds_format.SplitSize(
@@ -188,10 +215,8 @@ def _describe(
                 "without teacher": sum(not entry["has_teacher"] for entry in index),
                 "problems": len(its_problems),
             }
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([("split", "video_id", "problem"), *problems])
-        with open(os.path.join(scratch, "problems.csv"), "wb") as file:
-            file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # names of files
+        with open(os.path.join(scratch, _PROBLEMS), "wb") as file:
+            file.write(_as_csv(problems))
         tfds_format.write_metadata(
             scratch,
             dataset=dataset,
