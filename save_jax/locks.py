@@ -102,7 +102,8 @@ def hold(
     holder left behind is taken over after 45 seconds.
 
     Args:
-        directory: the directory, which is made on a disk, and removed again if it stays empty.
+        directory: the directory, which is made on a disk with those above it, and removed again
+            with them as far as they stay empty.
         beside: where the lock is, of a directory that may not be made yet; by default `.lock` in
             it.
         wait: wait for another process that holds it, instead of raising.
@@ -129,6 +130,7 @@ def _held(directory: Path, path: Path, holder: object) -> UserError:
 
 @contextlib.contextmanager
 def _lock(directory: Path, path: Path, holder: str, wait: bool) -> Generator[None, None, None]:
+    made = [folder for folder in path.parent.parents if not os.path.exists(folder)]
     descriptor = _locked(directory, path, wait)
     try:
         with contextlib.suppress(OSError):  # a full disk; the lock holds nonetheless
@@ -141,7 +143,8 @@ def _lock(directory: Path, path: Path, holder: str, wait: bool) -> Generator[Non
                 os.unlink(path)
         os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
-            os.rmdir(path.parent)
+            for folder in (path.parent, *made):
+                os.rmdir(folder)
 
 
 def _locked(directory: Path, path: Path, wait: bool) -> int:
