@@ -150,9 +150,11 @@ def _read_speech(
 
     name = f"whisper-{speech.model_name}{'-translated' if speech.translate else ''}.json"
     path = os.path.join(folder, name)
+    whisper.check_model(speech.model)
     announce(
         "transcripts",
-        f"made by Whisper {speech.model}, into {path}; copy it to {asr_file} to reuse it",
+        f"Whisper {speech.model} makes them, into {path}; copy it to {asr_file} to reuse it. "
+        f"Whisper is avoided by --transcripts=none, or by a file of transcripts at {asr_file}",
     )
     summary = whisper.transcribe(
         clips,

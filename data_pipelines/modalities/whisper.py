@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from data_pipelines.modalities.whisper_journal import (
     resume,
 )
 from data_pipelines.pool import in_order
-from save_jax.errors import UserError
+from save_jax.errors import UserError, did_you_mean
 
 # The possible results of a clip, in the order of the summary.
 SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"
@@ -159,6 +160,23 @@ def transcribe(
     )
 
 
+def check_model(model: str) -> None:
+    """Raises UserError if a model is neither a local directory nor an id that may exist."""
+    if os.path.isdir(model) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        return
+    try:
+        import faster_whisper
+    except ImportError:  # which `transcribe` reports if it has anything to do
+        return
+    known = faster_whisper.available_models()
+    if model not in known:
+        raise UserError(
+            f"--whisper={model}: no such model or directory.{did_you_mean(model, known)} Expected "
+            f"a local directory, one of {', '.join(known)}, or the OWNER/NAME of a model in "
+            "CTranslate2's format on the Hugging Face hub."
+        )
+
+
 def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
     """Loads a model; UserError when that fails."""
     try:
@@ -185,6 +203,7 @@ def _load(model: str, translate: bool, device: str, workers: int) -> _Ear:
             faster_whisper.WhisperModel, cpu_threads=1, num_workers=at_once, compute_type="int8"
         )
         where = f"CPU, {at_once} at once"
+    check_model(model)
     directory = model if os.path.isdir(model) else _download(model)
     _check_files(model, directory)
     try:
@@ -222,12 +241,11 @@ def _download(model: str) -> str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--whisper={model}: expected a local directory, or the id of a model that can be "
-            f"downloaded, found no such directory, and the download failed ({reason}). Ids are "
-            f"{', '.join(faster_whisper.available_models())}, and those of models in CTranslate2's "
-            "format on the Hugging Face hub (large-v3 is Systran/faster-whisper-large-v3). Without "
-            f"network, download all files of the model elsewhere ({', '.join(_MODEL_FILES)} and "
-            "the other .json and .txt files), put them into one directory here, and give it: "
-            "--whisper=DIRECTORY."
+            f"downloaded, found no such directory, and the download failed ({reason}). Without "
+            "network, prepare with --transcripts=none or a file of transcripts; or download all "
+            "files of the model elsewhere (large-v3 is Systran/faster-whisper-large-v3 on the "
+            f"Hugging Face hub: {', '.join(_MODEL_FILES)} and the other .json and .txt files), put "
+            "them into one directory here, and give it: --whisper=DIRECTORY."
         ) from error
 
 

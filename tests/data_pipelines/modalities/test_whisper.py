@@ -281,7 +281,7 @@ def test_without_the_package_its_extra_is_named(folder, tmp_path, monkeypatch):
 
 def test_models_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
     hear = functools.partial(transcribe, spoken(folder), str(tmp_path / "asr.json"))
-    with pytest.raises(UserError, match=r"--whisper=huge.*no such directory.*large-v3"):
+    with pytest.raises(UserError, match=r"--whisper=huge.*no such model or directory.*large-v3"):
         hear(model="huge")
     import huggingface_hub
 
