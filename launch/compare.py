@@ -11,6 +11,7 @@ import sys
 
 from launch.report.runs import incomparable, last_evaluation
 from save_jax import files
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, exit_codes
 
 
@@ -45,7 +46,7 @@ def table(results: dict[str, dict]) -> str:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.compare",
         description=__doc__,
         epilog=EXIT_CODES,

@@ -13,7 +13,8 @@ ALWAYS = {
     "save_jax": ("configs",),
     "configs": ("save_jax", "data_pipelines"),
     "data_pipelines": tuple(
-        f"save_jax.{name}" for name in ("batch", "errors", "files", "locks", "tokenizer")
+        f"save_jax.{name}"
+        for name in ("arguments", "batch", "errors", "files", "locks", "tokenizer")
     ),
     "launch": ("save_jax", "data_pipelines", "configs"),
 }

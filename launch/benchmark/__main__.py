@@ -12,13 +12,14 @@ import sys
 
 from launch.benchmark import cache, train
 from launch.benchmark import input as benchmark_input
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, exit_codes
 
 
 @exit_codes
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.benchmark",
         description=__doc__,
         epilog=EXIT_CODES,

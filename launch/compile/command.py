@@ -20,6 +20,7 @@ import jax
 from launch.compile import program, table
 from launch.compile.roofline import GIB
 from launch.sweep import points
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import exit_codes
 
 REMEDIES = (
@@ -31,7 +32,7 @@ REMEDIES = (
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.compile",
         description=__doc__,
         epilog="exit codes: 0 it fits; 2 a mistake in what you gave; 75 interrupted: run the same "
@@ -52,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         "--json", action="store_true", help="also print one line of JSON per topology"
     )
     options, overrides = parser.parse_known_args(argv)
+    for argument in overrides:
+        if argument.startswith("--") and "config." not in argument:  # nor the value of a key
+            parser.error(f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag")
     names = options.topology.split(",")
     if "here" not in names and not any(name.startswith("gpu") for name in names):
         jax.config.update("jax_platforms", "cpu")  # do not look for a TPU that is not there

@@ -21,6 +21,7 @@ from typing import Any
 
 from launch.report import runs
 from save_jax import files
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, UserError, exit_codes
 from save_jax.recorded import flatten
 
@@ -228,7 +229,7 @@ def _cell(value: Any, column: str) -> str:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.report",
         description=__doc__,
         epilog=EXIT_CODES,

@@ -14,7 +14,8 @@ import re
 import sys
 
 from launch.sweep import gke, local, points, slurm
-from save_jax.errors import UserError, exit_codes
+from save_jax.arguments import ArgumentParser
+from save_jax.errors import exit_codes
 
 BACKENDS = {"local": local.run, "slurm": slurm.run, "gke": gke.run, "xpk": gke.run_xpk}
 
@@ -22,7 +23,7 @@ BACKENDS = {"local": local.run, "slurm": slurm.run, "gke": gke.run, "xpk": gke.r
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, which --help explains."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.sweep",
         description=__doc__,
         epilog="exit codes: 0 every point is complete, or was handed to the cluster; 2 a mistake "
@@ -51,10 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     options, base = parser.parse_known_args(argv)
     for argument in base:
         if not re.fullmatch(r"--config\.[^=]+=.*", argument, re.DOTALL):
-            raise UserError(
-                f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag listed by "
-                "--help"
-            )
+            parser.error(f"unexpected argument {argument}: expected --config.KEY=VALUE or a flag")
     sweep = points.load(options.config, options.workdir, base)
     return BACKENDS[options.backend](sweep, options)
 

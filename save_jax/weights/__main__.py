@@ -10,7 +10,6 @@ import json
 import pathlib
 import sys
 from collections.abc import Generator, Sequence
-from typing import NoReturn
 
 import jax
 from flax import nnx
@@ -18,6 +17,7 @@ from flax import nnx
 from configs import base
 from save_jax import checkpoint, files, parameters, recorded
 from save_jax import config as configuration
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, UserError, exit_codes
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
@@ -25,18 +25,13 @@ from save_jax.weights import export, loading
 from save_jax.weights.files.recognise import FACTS, OURS, open_source, recorded_config
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.format_usage()}".rstrip())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m save_jax.weights",
         description=__doc__.split("\n")[0],
         epilog=EXIT_CODES,
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     imports = commands.add_parser(
         "import",
