@@ -15,6 +15,7 @@ from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.sidecars import Speech
 from save_jax import locks
 from save_jax.errors import UserError
+from save_jax.files import is_remote
 
 TRANSCRIPTS = ("file", "whisper", "none")
 BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
@@ -72,8 +73,9 @@ def prepare(
     directory = version_directory(out, dataset, variant, recipe.version)
     if _is_done(directory, recipe, speech):
         return directory
-    if dataset != "demo" and not outages.is_folder(root):
-        raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
+    if dataset != "demo" or outages.exists(root):  # the demo's is made
+        check_root(dataset, root)
+    check_out(out)
 
     # Imported here: worker processes import this module again, and do not need the writers.
     from data_pipelines.storage import tfds_format
@@ -128,6 +130,25 @@ def places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
             + (" For the demo, --out=DIR is enough." if dataset == "demo" else "")
         )
     return root, out or os.path.join(root, "prepared")
+
+
+def check_root(dataset: str, root: str) -> None:
+    """Raises UserError if the folder of a data set's files is not there, or is no folder."""
+    if not outages.is_folder(root):
+        found = " is a file, not a directory" if outages.exists(root) else ": no such directory"
+        raise UserError(f"--root={root}{found}. Give the folder of {dataset}'s files.")
+
+
+def check_out(out: str) -> None:
+    """Raises UserError if the folder to write to is a file, or would be below one."""
+    path = out
+    while not outages.exists(path) and not is_remote(path):
+        path = os.path.dirname(os.path.abspath(path))
+    if outages.exists(path) and not outages.is_folder(path):
+        raise UserError(
+            f"--out={out}: {path} is a file, not a directory. Give a folder to write to, which "
+            "need not exist."
+        )
 
 
 def _is_done(directory: epath.Path, recipe: Recipe, speech: Speech) -> bool:

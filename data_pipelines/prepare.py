@@ -25,13 +25,16 @@ from data_pipelines import datasets, outages
 from data_pipelines.preparation import (
     BEAM_RUNNERS,
     TRANSCRIPTS,
+    check_out,
+    check_root,
     places,
     prepare,
     usual_recipe,
 )
 from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.tables import counted, table
+from data_pipelines.tables import counted, of_teacher, table
+from save_jax.arguments import ArgumentParser
 from save_jax.errors import UserError, exit_codes
 
 _RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames", "encoding")
@@ -40,7 +43,7 @@ _RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames"
 def summary(directory: epath.Path) -> str:
     """Formats what a prepared directory holds and what went wrong, with one row per split."""
     recorded = metadata(directory)
-    lines = [table(recorded["counts"])]
+    lines = [table(recorded["counts"]), of_teacher("teacher")]
     if recorded["problems"]:
         problems = counted(recorded["problems"], "problem")
         lines.append(f"{problems}, listed in {directory / 'problems.csv'}")
@@ -87,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_pipelines.prepare",
         description="Turns a data set's raw videos into the arrays that training reads.",
         epilog="Exit codes: 0: done (--verify: nothing stops training). 1: --verify found "
@@ -120,7 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=("jpeg", "raw"),
         help=f"how to store frames; default: {usual.encoding}",
     )
-    add("--workers", type=int, default=0, help="processes; default: one per processor")
+    add("--workers", type=int, default=0, help="processes; 0, the default: one per processor")
     add("--strict", action="store_true", help="stop at the first problem instead of counting it")
     add(
         "--transcripts",
@@ -156,9 +159,13 @@ def _verify(options: argparse.Namespace) -> bool:
     directory = version_directory(out, dataset, variant, Recipe.version)
     recipe = prepared_by(directory) if outages.exists(directory / "metadata.json") else None
     root = os.path.join(out, "corpus") if dataset == "demo" and not options.root else options.root
-    if root and not outages.is_folder(root):
-        raise UserError(f"expected the folder of {dataset}'s files at --root={root}, found none.")
-    return verify(directory, recipe, dataset, variant, root, out)
+    if root:
+        check_root(dataset, root)
+    check_out(out)
+    transcripts = options.transcripts
+    if recipe is not None and not transcripts:
+        transcripts = metadata(directory).get("transcripts", "")
+    return verify(directory, recipe, dataset, variant, root, out, transcripts)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def of_teacher(columns: str) -> str:
+    """Formats what columns about the teacher's vectors are about."""
+    return f"{columns}: ImageBind's vectors of a clip, for one loss, which skips clips without them"
+
+
 def table(counts: dict[str, dict[str, int]]) -> str:
     """Formats counts: one row per split, one column per kind; all splits have the same kinds."""
     columns = list(next(iter(counts.values())))

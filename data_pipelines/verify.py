@@ -21,7 +21,7 @@ from data_pipelines.modalities import teacher, teacher_files
 from data_pipelines.modalities.transcripts import read_asr
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
-from data_pipelines.tables import counted, table
+from data_pipelines.tables import counted, of_teacher, table
 from save_jax.errors import UserError
 from save_jax.files import is_remote
 
@@ -30,7 +30,13 @@ _MOST_LINES = 8  # printed about what stops training
 
 
 def verify(
-    directory: epath.Path, recipe: Recipe | None, dataset: str, variant: str, root: str, out: str
+    directory: epath.Path,
+    recipe: Recipe | None,
+    dataset: str,
+    variant: str,
+    root: str,
+    out: str,
+    transcripts: str = "",
 ) -> bool:
     """Prints what is prepared, what the data set's files lack, and what stops training.
 
@@ -44,21 +50,29 @@ def verify(
         variant: the name of its variant.
         root: the folder of its files; "" = check only what is prepared.
         out: the folder of prepared data sets.
+        transcripts: their source, as recorded or as it will be; "none" = they are not missed.
 
     Returns:
         Whether nothing stops training.
     """
     stops: list[str] = []
     prepared: dict[str, list[dict[str, Any]]] = {}
-    if recipe is None:
-        stops.append(f"{directory} is not prepared, or not completely: run without --verify")
-    else:
+    if recipe is not None:
         prepared = _check_prepared(directory, recipe, stops)
+    wrong = ""
     if root:
         try:
-            _check_files(dataset, variant, root, out, prepared if recipe else None)
+            _check_files(dataset, variant, root, out, prepared if recipe else None, transcripts)
         except UserError as error:
-            print(f"{root}: {error}")
+            wrong = str(error)
+    if recipe is None:
+        stops += [wrong] if wrong else []
+        first = "correct the file first, then run" if wrong else "run"
+        stops.append(f"{directory} is not prepared, or not completely: {first} without --verify")
+    elif wrong:  # training reads only what is prepared
+        print(f"{root}: {wrong}")
+    if recipe or (root and not wrong):
+        print(of_teacher("teacher, vector"))
     if recipe and not any(entry["captions"] for entry in prepared.get("train", [])):
         stops.append("no clip of the split 'train' has a caption: there is nothing to train on")
     if not stops:
@@ -183,12 +197,17 @@ def _check_files(
     root: str,
     out: str,
     prepared: dict[str, list[dict[str, Any]]] | None,
+    transcripts: str,
 ) -> None:
     """Prints which of the data set's own files are missing, and which clips are not prepared."""
     module = datasets.load_dataset(dataset)
     annotations = module.read_annotations(root, variant)
     asr = module.asr_file(root)
-    spoken = set(read_asr(asr)) if outages.exists(asr) else None
+    wanted = transcripts != "none"
+    spoken = set(read_asr(asr)) if wanted and outages.exists(asr) else None
+    columns = ["video absent", "vector absent", "vector bad", "not transcribed", "not prepared"]
+    if spoken is None:
+        columns.remove("not transcribed")
     absent: dict[str, list[str]] = collections.defaultdict(list)
     counts = {}
     clips = sum(map(len, annotations.splits.values()))
@@ -206,18 +225,12 @@ def _check_files(
                 kinds.update(lacking)
                 for kind in lacking:
                     absent[kind].append(clip.video_id)
-            counts[split] = {
-                "listed": len(its),
-                "video absent": kinds["video absent"],
-                "vector absent": kinds["vector absent"],
-                "vector bad": kinds["vector bad"],
-                "not transcribed": kinds["not transcribed"],
-                "not prepared": kinds["not prepared"],
-            }
+            counts[split] = {"listed": len(its), **{column: kinds[column] for column in columns}}
     print(f"{root}:")
     print(table(counts))
-    if spoken is None:
-        print(f"There is no file of transcripts at {asr}: preparing would make one with Whisper.")
+    if wanted and spoken is None:
+        how = "needs it" if transcripts == "file" else "would make one with Whisper"
+        print(f"There is no file of transcripts at {asr}: preparing {how}.")
     for kind, names in absent.items():
         print(f"{kind}: {_some(names)}")
     if annotations.problems:

@@ -126,6 +126,6 @@ def test_it_can_be_verified(store, capsys):
 
 def test_a_remote_root_that_is_not_there(store, tmp_path):
     flags = [f"--{key}={value}" for key, value in SMALL.items()]
-    with pytest.raises(UserError, match="--root=gs://bucket/none, found none"):
+    with pytest.raises(UserError, match="--root=gs://bucket/none: no such directory"):
         preparing.run("gs://bucket/none", str(tmp_path))
     assert main(["msrvtt", "--root=gs://bucket/none", f"--out={tmp_path}", *flags]) == 2
