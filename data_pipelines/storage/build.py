@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -159,7 +160,7 @@ def _describe(
     Raises:
         UserError: a split has no usable clip.
     """
-    counts, sizes = {}, {}
+    counts, sizes, content = {}, {}, {}
     with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
         for split, clips in found.splits.items():
             index = [entry for note in notes[split] for entry in note.index]
@@ -177,6 +178,8 @@ def _describe(
                 [len(note.index) for note in notes[split]],
                 sum(note.num_bytes for note in notes[split]),
             )
+            digests = "".join(note.digest for note in notes[split])
+            content[split] = hashlib.sha256(digests.encode()).hexdigest()
             counts[split] = {
                 "listed": len(clips),
                 "prepared": len(index),
@@ -203,6 +206,7 @@ def _describe(
                 "recipe": json.loads(recipe.to_json()),
                 "transcripts": str(found.speech),
                 "counts": counts,
+                "content": content,  # a digest of each split's records
                 "problems": len(problems),
             },
         )
