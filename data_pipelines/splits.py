@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from etils import epath
 
-from data_pipelines.prepared import prepared_by
+from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe, version_directory
 from data_pipelines.storage.local_copies import local_copies
 from save_jax.errors import UserError
@@ -42,6 +42,7 @@ class Split:
         transcripts: what is said in each clip; "" = nothing.
         has_audio: bool [clips].
         has_teacher: bool [clips].
+        content: digest of its records; "" = prepared by a version that took none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Split:
     transcripts: list[str]
     has_audio: np.ndarray
     has_teacher: np.ndarray
+    content: str = ""
 
     @property
     def num_clips(self) -> int:
@@ -122,6 +124,7 @@ def open_split(
         transcripts=[entry["transcript"] for entry in index],
         has_audio=np.array([entry["has_audio"] for entry in index], bool),
         has_teacher=np.array([entry["has_teacher"] for entry in index], bool),
+        content=metadata(directory).get("content", {}).get(split, ""),
     )
 
 

@@ -5,9 +5,11 @@ state, each under its flat name. A directory appears under its final name only o
 complete, so an interrupted write is never restored.
 """
 
+import contextlib
+import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ DIRECTORY = "checkpoints"  # within a workdir
 COMMITTED = "commit_success.txt"  # orbax's name for what is written last, in gs://
 BEST_METRIC = "SumR"  # of text→video
 SHOWN = 5  # names shown of a long list
+# How TensorStore says that a disk is full, and that a store fails: its statuses, as text.
+_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")
+_FAILING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Input/output error")
 
 
 class TrainState(NamedTuple):
@@ -96,12 +101,13 @@ class Checkpoints:
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
         """Starts writing; returns once the arrays are copied, so the caller may donate them."""
-        self._manager.save(
-            step,
-            args=ocp.args.StandardSave(_to_tree(state)),
-            metrics=None if metrics is None else dict(metrics),
-            force=True,
-        )
+        with _writing(self._directory):
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(_to_tree(state)),
+                metrics=None if metrics is None else dict(metrics),
+                force=True,
+            )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads a checkpoint into the shapes and shardings of `like`.
@@ -122,10 +128,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once every started write is complete."""
-        self._manager.wait_until_finished()
+        with _writing(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with _writing(self._directory):
+            self._manager.close()
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -312,11 +320,37 @@ def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageE
     )
 
 
+@contextlib.contextmanager
+def _writing(directory: files.Path) -> Generator[None, None, None]:
+    """Raises what TensorStore says of a full disk or a failing store as what it is.
+
+    Raises:
+        OSError: the disk is full (ENOSPC).
+        OutageError: the disk or the store fails.
+    """
+    try:
+        yield
+    except ValueError as error:  # orbax passes TensorStore's statuses on as these
+        said = str(error)
+        # The other arrays failed in the same way, and asyncio would print a traceback for each.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        if any(sign in said for sign in _FULL):
+            message = "No space left on device for a checkpoint"
+            raise OSError(errno.ENOSPC, message, str(directory)) from error
+        if any(sign in said for sign in _FAILING):
+            raise OutageError(
+                f"{directory}: a checkpoint could not be written: {said.splitlines()[0]}. That is "
+                "the fault of this machine, its network or a store: when it works again, run the "
+                "same command again to resume."
+            ) from error
+        raise
+
+
 def write_parameters(
     workdir: str | os.PathLike, parameters: Mapping[str, ArrayLike], step: int = 0
 ) -> None:
     """Writes a checkpoint of parameters alone, for `read_parameters` and `load_parameters`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _writing(files.path(workdir)), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             files.path(workdir) / DIRECTORY / str(step) / "default",
             {"step": np.int32(step), "parameters": dict(parameters)},

@@ -92,16 +92,38 @@ class Splits:
     def _for_cache(self, split: Any) -> cache.Split:
         """Returns what a cache must know of an open split."""
         words, teacher = self._config["data"]["max_words"], self._config["loss"]
-        stored = self._stored.records_sample(split, SAMPLED_RECORDS)
         return cache.Split(
             split.name,
             split.num_clips,
-            cache.digest(split.recipe.to_json(), *split.video_ids, *stored),
+            self._content(split),
             self._tokenizer(self._stored.caption_table(split).texts, words),
             self._tokenizer(split.transcripts, words),
             split.recipe.max_frames,
             split.recipe.teacher_size if teacher["soft_albef_weight"] else 0,
         )
+
+    def _content(self, split: Any) -> str:
+        """Returns a digest of a split's clips, in their order, and of what is stored of each."""
+        stored = [split.content]
+        if not split.content:  # by an earlier version, which took no digest of all records
+            stored = self._stored.records_sample(split, SAMPLED_RECORDS)
+            stored += [split.has_audio.tobytes(), split.has_teacher.tobytes()]
+        return cache.digest(split.recipe.to_json(), *split.video_ids, *stored)
+
+    def contents(self) -> dict[str, str]:
+        """Returns a digest of each open split: its clips, their arrays, captions and transcripts.
+
+        The order of training, and what it sees, follow from these and the config.
+        """
+        return {
+            split.name: cache.digest(
+                self._content(split),
+                *(text for texts in (*split.captions, *split.groups) for text in texts),
+                *map(str, map(len, split.captions)),
+                *split.transcripts,
+            )
+            for split in self._splits.values()
+        }
 
     def to_cache(
         self, split: str, parts: Collection[str]

@@ -1,12 +1,14 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import contextlib
 import difflib
 import errno
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Generator, Iterable
 from types import FrameType
 from typing import ParamSpec
 
@@ -100,16 +102,15 @@ def is_outage(error: BaseException) -> bool:
 def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Decorates an entry point: what it raises becomes one message on stderr and an exit code.
 
-    2: a mistake of the user's. 1: training broke down. 75: interrupted, by a person or an outage,
-    and resumable. Any other exception is ours, and passes with its traceback.
+    2: a mistake of the user's, or a full disk. 1: training broke down. 75: interrupted, by Ctrl-C,
+    SIGTERM or an outage, and resumable. Any other exception is ours, and passes with its traceback.
     """
 
     @functools.wraps(command)
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
-        if signal.getsignal(signal.SIGINT) is _end_at_start:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            return command(*arguments, **options)
+            with _interruptible():
+                return command(*arguments, **options)
         except UserError as error:
             return _end("error", error, 2)
         except NonFiniteLossError as error:
@@ -119,18 +120,48 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
         except KeyboardInterrupt:
             message = "what was done is kept, and the same command resumes"
             return _end("interrupted", message, os.EX_TEMPFAIL)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                message = f"{error}. Make room there, and run the same command again to resume."
+                return _end("error", message, 2)
+            if not is_outage(error) or isinstance(error, MemoryError):
+                raise
+            message = (
+                f"{error}. That is the fault of this machine, its network or a store: when it "
+                "works again, run the same command again to resume."
+            )
+            return _end("interrupted", message, os.EX_TEMPFAIL)
 
     return run
 
 
+@contextlib.contextmanager
+def _interruptible() -> Generator[None, None, None]:
+    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt, unless the caller has handlers for them."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in usual}
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        before = {}
+    ours = [n for n, handler in before.items() if handler in (_end_at_start, usual[n])]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, usual[number])
+
+
 def interruptible_start() -> None:
-    """Makes Ctrl-C end this process with one message and code 75 until its command begins.
+    """Makes Ctrl-C and SIGTERM end this process with code 75 until its command begins.
 
     For the seconds in which a command imports its packages: a KeyboardInterrupt there would print a
     traceback, and an import in native code may even swallow it. `exit_codes` takes over afterwards.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _end_at_start)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end_at_start)
 
 
 def _end_at_start(number: int, frame: FrameType | None) -> None:

@@ -227,10 +227,20 @@ def run_evaluation(
     return result
 
 
+def _is_own(result: dict[str, Any], split: str) -> bool:
+    own = {"checkpoint": f"{DIRECTORY}/{result['step']}", "split": split}
+    return all(result["protocol"][key] == value for key, value in own.items())
+
+
 def summarise(workdir: files.Path, split: str) -> None:
-    """Prints the last evaluation's table, and the best one's where that is another."""
+    """Prints the last evaluation's table, and the best one's where that is another.
+
+    Only the run's own count: not those of other weights or another split, which may be there too.
+    """
     results = [
-        json.loads(path.read_text()) for path in (workdir / "evaluation").glob("*/metrics.json")
+        result
+        for path in (workdir / "evaluation").glob("*/metrics.json")
+        if _is_own(result := json.loads(path.read_text()), split)
     ]
     results.sort(key=lambda result: result["step"])
     last = results[-1]

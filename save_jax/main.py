@@ -85,6 +85,7 @@ def _train(
     # ----------------------------------------------------------------------------------- data
     splits = open_splits(config)
     evaluation, training = splits.evaluation(), splits.training()
+    resume.check_same_data(splits.contents(), workdir)
     plan = Plan.of(config, training.steps_per_epoch)
 
     # ---------------------------------------------------------------------------------- state
@@ -97,7 +98,7 @@ def _train(
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
         if jax.process_index() == 0:
-            recorded.write(config, workdir)
+            recorded.write(config, workdir, splits.contents())
         writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train

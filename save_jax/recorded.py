@@ -10,6 +10,7 @@ from save_jax import files
 from save_jax.config import SIZED, sizes_of
 from save_jax.errors import UserError
 
+CONTENTS = "data.json"  # digests of the splits that a run reads, in its workdir
 RECORDED = "config.json"  # within a workdir
 EXECUTION = ("remat", "attention")  # of model: how it is computed, which does not touch the result
 INPUTS = ("max_words", "max_frames", "tokenizer")  # of data: how the model reads texts and videos
@@ -47,10 +48,19 @@ def read(path: files.Path) -> dict[str, Any]:
     return recorded
 
 
-def write(config: Mapping[str, Any], workdir: files.Path) -> None:
-    """Records the config that a run starts with; not again, where the run has one."""
-    if not (workdir / RECORDED).exists():
-        files.write(workdir / RECORDED, json.dumps(config, indent=2) + "\n")
+def write(
+    config: Mapping[str, Any], workdir: files.Path, contents: Mapping[str, str] | None = None
+) -> None:
+    """Records the config that a run starts with, and its data; not again, where the run has them.
+
+    Args:
+        config: the run's config.
+        workdir: the run's directory.
+        contents: a digest of each split that it reads (`data.Splits.contents`).
+    """
+    for name, value in ((RECORDED, config), (CONTENTS, contents)):
+        if value is not None and not (workdir / name).exists():
+            files.write(workdir / name, json.dumps(value, indent=2) + "\n")
 
 
 def deciding(recorded: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:

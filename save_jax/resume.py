@@ -1,7 +1,7 @@
 """The state a run starts from: its own checkpoint, a run's or PyTorch's weights, random ones."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -37,6 +37,30 @@ def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
             f"{workdir} holds a run with another config (there: its config.json):\n"
             + "\n".join(differing)
             + "\nUse another --workdir, or the config it was started with."
+        )
+
+
+def check_same_data(contents: Mapping[str, str], workdir: files.Path) -> None:
+    """Raises UserError naming the splits that are not those which a workdir's run began with.
+
+    The order of training follows from the clips and captions there are: on other data, a run that
+    resumes would be another run.
+
+    Args:
+        contents: a digest of each split (`data.Splits.contents`).
+        workdir: the run's directory; a run of an earlier version has recorded no digests.
+    """
+    path = workdir / recorded.CONTENTS
+    if not path.exists():
+        return
+    began = recorded.read(path)
+    changed = [name for name, found in contents.items() if began.get(name, found) != found]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run that began with other data: since then, the split "
+            f"{' and the split '.join(map(repr, changed))} was prepared anew from other clips, "
+            "captions or transcripts. Put the earlier data back; or use another --workdir, with "
+            f"--config.init_from={workdir} to start from this run's weights."
         )
 
 

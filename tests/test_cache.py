@@ -1,6 +1,7 @@
 """A cache of frozen encoders: the same losses, and no other run's features."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -323,17 +324,32 @@ def test_other_data_are_refused_by_name(data, cached, open_data, tmp_path):
         open_data(cached, data__dir=str(prepared))
 
 
-def test_data_prepared_anew_are_other_data(data, cached, open_data, monkeypatch):
+def test_data_prepared_anew_are_other_data(data, cached, open_data, tmp_path, monkeypatch):
     from data_pipelines import splits
 
-    stored = splits.records_sample
-
-    def changed(split, count):
-        return [record[:-1] + b"!" for record in stored(split, count)]
-
-    monkeypatch.setattr(splits, "records_sample", changed)
+    prepared = tmp_path / "prepared"
+    shutil.copytree(data, prepared)
+    (path,) = prepared.glob("**/metadata.json")
+    metadata = json.loads(path.read_text())
+    open_data(cached, data__dir=str(prepared))
+    metadata["content"]["train"] = "0" * 64  # as of other records
+    path.write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="ast_states: data"):
-        open_data(cached)
+        open_data(cached, data__dir=str(prepared))
+
+    # Prepared by a version that took no digest of all records: by a sample, and by who has sound.
+    del metadata["content"]
+    path.write_text(json.dumps(metadata))
+    split = splits.open_split(str(prepared), "msrvtt", "9k", "train", {})
+    own = Splits(caching.config(data, data__dir=str(prepared)))
+    as_it_is = own._content(split)
+    silent = dataclasses.replace(split, has_audio=np.zeros_like(split.has_audio))
+    assert own._content(silent) != as_it_is
+    stored = splits.records_sample
+    monkeypatch.setattr(
+        splits, "records_sample", lambda *of: [record[:-1] + b"!" for record in stored(*of)]
+    )
+    assert own._content(split) != as_it_is
 
 
 def test_only_what_is_frozen_is_used(cached, open_data):

@@ -1,9 +1,11 @@
 """The command line: mistakes end in one message and exit code 2, before any work is lost."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,8 +147,9 @@ def test_a_config_file_that_cannot_be_used_is_named(capsys, tmp_path, text, mess
     ["save_jax.main", "save_jax.cache", "save_jax.weights", "data_pipelines.prepare",
      "launch.sweep", "launch.compile"],
 )  # fmt: skip
-def test_ctrl_c_while_packages_are_imported_is_one_message(tmp_path, name):
-    stand_in = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_packages_are_imported_is_one_message(tmp_path, name, number):
+    stand_in = f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n"
     for package in ("numpy", "etils"):  # whichever comes first
         (tmp_path / f"{package}.py").write_text(stand_in)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -193,6 +196,44 @@ def test_an_outage_is_one_message_and_exit_code_75(monkeypatch, capsys, run):
     assert capsys.readouterr().err == "interrupted: gs://bucket/a: it does not answer\n"
 
 
+@pytest.mark.parametrize("run", [main.main, cache.command])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/a"), 75, "interrupted: .*'/data/a'"),
+        (OSError(errno.ENOSPC, "No space left on device", "/w/m"), 2, "error: .*'/w/m'.*Make room"),
+        (TimeoutError("the store"), 75, "interrupted: the store"),
+    ],
+)
+def test_a_machine_that_fails_is_one_message(monkeypatch, capsys, run, error, code, said):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "parse", fail)
+    assert run(["command"]) == code
+    assert re.match(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no", "a"), MemoryError()])
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "parse", fail)
+    with pytest.raises(type(error)):
+        main.main(["command"])
+
+
+@pytest.mark.parametrize("run", [main.main, cache.command])
+def test_sigterm_before_the_first_step_is_code_75(monkeypatch, capsys, run):
+    """A job that is preempted while it starts must be started again."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "parse", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(["command"]) == os.EX_TEMPFAIL
+    assert "the same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_the_workdir_is_required():
     assert "--workdir=DIR is required" in command().stderr
 
@@ -217,12 +258,17 @@ def test_a_config_file_cut_short_is_named(tmp_path):
         resume.check_same_config({"seed": 0}, tmp_path)
 
 
+def of_the_run(step: int) -> dict:
+    """What the metrics say of a run's own evaluation."""
+    return {"protocol": {"checkpoint": f"checkpoints/{step}", "split": "test"}}
+
+
 def test_summary_shows_the_last_and_the_best(tmp_path):
     def evaluation(step: int, total: float) -> None:
         scores = {"R1": 1.0, "R5": 2.0, "R10": 3.0, "MdR": 4.0, "MnR": 5.0, "SumR": total}
         folder = tmp_path / "evaluation" / str(step)
         folder.mkdir(parents=True)
-        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}}
+        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}, **of_the_run(step)}
         (folder / "metrics.json").write_text(json.dumps(result))
 
     evaluation(5, 60.0)
@@ -241,7 +287,24 @@ def test_of_equal_evaluations_the_later_is_the_best(tmp_path, capsys):
         scores["SumR"] = 50.0 if step == 15 else 60.0
         folder = tmp_path / "evaluation" / str(step)
         folder.mkdir(parents=True)
-        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}}
+        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}, **of_the_run(step)}
         (folder / "metrics.json").write_text(json.dumps(result))
     evaluate.summarise(tmp_path, "test")
     assert "step 10; an optimistic protocol" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "other", [{"checkpoint": "/elsewhere/weights.safetensors"}, {"split": "val"}]
+)
+def test_evaluations_of_something_else_are_no_part_of_the_summary(tmp_path, capsys, other):
+    """A workdir may have been used to evaluate other weights, or another split, before."""
+    for step, total, protocol in ((0, 250.0, other), (5, 50.0, {})):
+        scores = {"R1": 1.0, "R5": 2.0, "R10": 3.0, "MdR": 4.0, "MnR": 5.0, "SumR": total}
+        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}, **of_the_run(step)}
+        result["protocol"] |= protocol
+        folder = tmp_path / "evaluation" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(result))
+    evaluate.summarise(tmp_path, "test")
+    said = capsys.readouterr().out
+    assert "last step (5)" in said and "250.0" not in said and "best of" not in said

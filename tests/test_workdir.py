@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.support import caching, miniatures, programs
+from save_jax import main
+from tests.support import caching, miniatures, programs, system
 
 WITHIN = 300  # seconds for a job on a busy machine
 
@@ -64,3 +66,44 @@ def test_the_second_job_on_a_workdir_is_refused(data, tmp_path):
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
     assert (tmp_path / "run" / "checkpoints" / str(len(steps))).is_dir()
+
+
+def command(data, workdir, **changes) -> int:
+    """Trains by the command, in this process; returns its exit code."""
+    changes = caching.CHANGES | {"data.dir": data, "steps": 2} | changes
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    return main.main(["main", "--config=configs/demo.py", *flags, f"--workdir={workdir}"])
+
+
+def test_a_run_does_not_resume_on_other_data(data, tmp_path, capsys):
+    prepared = tmp_path / "prepared"
+    shutil.copytree(data, prepared)
+    assert command(prepared, tmp_path / "run") == 0
+    assert command(prepared, tmp_path / "run") == 0  # nothing has changed
+    (path,) = prepared.glob("**/metadata.json")
+    metadata = json.loads(path.read_text())
+    metadata["content"]["train"] = "0" * 64  # as if prepared anew, from other clips
+    path.write_text(json.dumps(metadata))
+    capsys.readouterr()
+    assert command(prepared, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "run that began with other data: since then, the split 'train' was prepared anew" in said
+    assert "'test'" not in said and f"--config.init_from={tmp_path / 'run'}" in said
+
+
+def test_a_full_disk_is_one_message_and_what_was_trained_is_resumed(data, tmp_path, capsys):
+    system.need("mount", "mount")
+    full = tmp_path / "full"
+    full.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can make a file system that is full")
+    try:
+        assert command(data, full / "run") == 2
+        said = capsys.readouterr().err
+        assert "No space left on device" in said and str(full) in said and "Make room" in said
+        assert "Traceback" not in said
+        subprocess.run(["mount", "-o", "remount,size=200m", str(full)], check=True)
+        assert command(data, full / "run") == 0
+    finally:
+        subprocess.run(["umount", str(full)], check=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -193,7 +194,7 @@ def _describe(
     problems: list[Problem],
 ) -> None:
     """Writes the index of the records, the problems and, last, the metadata."""
-    counts, sizes = {}, {}
+    counts, sizes, content = {}, {}, {}
     with outages.temporary(), tempfile.TemporaryDirectory() as scratch:
         for split, clips in found.splits.items():
             index = [entry for note in notes[split] for entry in note.index]
@@ -204,6 +205,8 @@ def _describe(
                 [len(note.index) for note in notes[split]],
                 sum(note.num_bytes for note in notes[split]),
             )
+            digests = "".join(note.digest for note in notes[split])
+            content[split] = hashlib.sha256(digests.encode()).hexdigest()
             counts[split] = {
                 "listed": len(clips),
                 "prepared": len(index),
@@ -228,6 +231,7 @@ def _describe(
                 "recipe": json.loads(recipe.to_json()),
                 "transcripts": str(found.speech),
                 "counts": counts,
+                "content": content,  # a digest of each split's records
                 "problems": len(problems),
             },
         )

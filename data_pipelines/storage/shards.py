@@ -102,6 +102,7 @@ class Note:
     problems: list[tuple[str, str, str]]
     num_bytes: int
     file_size: int
+    digest: str
 
 
 def cut(
@@ -147,8 +148,8 @@ def fingerprints(shards: Sequence[Shard]) -> list[str]:
 def note_if_done(shard: Shard, fingerprint: str) -> Note | None:
     """Returns the note of a shard that is done with the same clips and files; otherwise None."""
     note = tfds_format.read_json(shard.note_path)
-    if note is None or note["fingerprint"] != fingerprint:
-        return None
+    if note is None or note["fingerprint"] != fingerprint or "digest" not in note:
+        return None  # an earlier version took no digest
     stamp = _stamp(shard.records_path)
     if not stamp or stamp[0] != note["file_size"]:
         return None
@@ -166,7 +167,7 @@ def write(
         records: one for each of its clips, in their order; consumed one by one.
         strict: raise UserError at the first problem, and write nothing.
     """
-    index, problems, num_bytes = [], [], 0
+    index, problems, num_bytes, digest = [], [], 0, hashlib.sha256()
 
     def serialized():
         nonlocal num_bytes
@@ -179,11 +180,12 @@ def write(
             index.append({field: record.features[field] for field in INDEX_FIELDS})
             example = tfds_format.serialize(record.features, shard.recipe)
             num_bytes += len(example)
+            digest.update(example)
             yield example
 
     file_size = tfds_format.write_records(shard.records_path, serialized())
     _check_still_there(shard, fingerprint, problems)
-    note = Note(fingerprint, index, problems, num_bytes, file_size)
+    note = Note(fingerprint, index, problems, num_bytes, file_size, digest.hexdigest())
     tfds_format.write_file(shard.note_path, json.dumps(dataclasses.asdict(note)).encode())
 
 

@@ -7,7 +7,7 @@ from etils import epath
 
 from data_pipelines.prepare import main
 from data_pipelines.storage import build, shards
-from save_jax import files
+from save_jax import files, locks
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import object_store, preparing
@@ -18,9 +18,9 @@ OUT = "gs://bucket/out"
 
 @pytest.fixture(autouse=True)
 def quick_lease(monkeypatch):
-    monkeypatch.setattr(files, "_RENEWED", 0.1)
-    monkeypatch.setattr(files, "_LEASE", 1.0)
-    monkeypatch.setattr(files, "_SETTLED", 0.1)
+    monkeypatch.setattr(locks, "_RENEWED", 0.1)
+    monkeypatch.setattr(locks, "_LEASE", 1.0)
+    monkeypatch.setattr(locks, "_SETTLED", 0.1)
 
 
 @pytest.fixture
