@@ -1,8 +1,10 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import contextlib
 import errno
 import functools
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -94,7 +96,9 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Decorates an entry point: what it raises becomes one message on stderr and an exit code.
 
     2: a mistake of the user's. 1: training broke down. 75: interrupted, by a person or an outage,
-    and resumable. Any other exception is ours, and passes with its traceback.
+    and resumable. 141, without a message: nobody reads the output any more, as in `| head`; it is
+    what a shell reports of other programs then (128 + SIGPIPE). Any other exception is ours, and
+    passes with its traceback.
     """
 
     @functools.wraps(command)
@@ -102,7 +106,10 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
         if signal.getsignal(signal.SIGINT) is _end_at_start:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            return command(*arguments, **options)
+            code = command(*arguments, **options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the exit, it would be too late to handle what it raises
+            return code
         except UserError as error:
             return _end("error", error, 2)
         except NonFiniteLossError as error:
@@ -112,8 +119,29 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
         except KeyboardInterrupt:
             message = "what was done is kept, and the same command resumes"
             return _end("interrupted", message, os.EX_TEMPFAIL)
+        except BrokenPipeError:
+            if not _silence_unread():
+                raise
+            return 128 + signal.SIGPIPE
+        finally:
+            _silence_unread()
 
     return run
+
+
+def _silence_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; it leads nowhere from here."""
+    silenced = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is no file, or closed
+            poll, number = select.poll(), stream.fileno()
+            poll.register(number, 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)  # or Python would report what is left to write
+                os.close(nowhere)
+                silenced = True
+    return silenced
 
 
 def interruptible_start() -> None:
@@ -132,5 +160,6 @@ def _end_at_start(number: int, frame: FrameType | None) -> None:
 
 
 def _end(kind: str, message: object, code: int) -> int:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the code says as much to whoever reads only that
+        print(f"{kind}: {message}", file=sys.stderr, flush=True)
     return code
