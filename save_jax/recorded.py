@@ -11,6 +11,7 @@ from save_jax.config import SIZED, sizes_of
 from save_jax.errors import UserError
 
 RECORDED = "config.json"  # within a workdir
+EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written there by a run's launcher
 EXECUTION = ("remat", "attention")  # of model: how it is computed, which does not touch the result
 INPUTS = ("max_words", "max_frames", "tokenizer")  # of data: how the model reads texts and videos
 # What results depend on, and an evaluation chooses for itself.
@@ -48,7 +49,12 @@ def read(path: files.Path) -> dict[str, Any]:
 
 
 def write(config: Mapping[str, Any], workdir: files.Path) -> None:
-    """Records the config that a run starts with; not again, where the run has one."""
+    """Records the config that a run starts with; not again, where the run has one.
+
+    How an earlier start of the run has ended is true no longer, and removed.
+    """
+    if not files.is_remote(workdir):  # a launcher writes it to a disk
+        (workdir / EXIT_FILE).unlink(missing_ok=True)
     if not (workdir / RECORDED).exists():
         files.write(workdir / RECORDED, json.dumps(config, indent=2) + "\n")
 
