@@ -9,10 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from etils import epath
+
 from data_pipelines import datasets, outages
 from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.transcripts import read_asr
 from data_pipelines.tables import counted
+from save_jax import locks
 from save_jax.errors import UserError
 
 
@@ -190,7 +193,9 @@ def _find_vectors(
     folder = os.path.join(folder, "ImageBind")
     announce("teacher vectors", f"made by ImageBind for {counted(lacking, 'clip')}, into {folder}")
     embed = make_embed(VARIANTS["huge"], loader(imagebind))
-    computed, problems = teacher.compute(clips, folder, embed, workers=workers, strict=strict)
+    # The variants of a data set share the vectors: what another process computes is waited for.
+    with locks.hold(epath.Path(folder), beside=epath.Path(f"{folder}.lock"), wait=True):
+        computed, problems = teacher.compute(clips, folder, embed, workers=workers, strict=strict)
     return given | {clip.video_id: clip for clip in computed}, problems
 
 

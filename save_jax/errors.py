@@ -5,6 +5,7 @@ import difflib
 import errno
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -103,14 +104,19 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Decorates an entry point: what it raises becomes one message on stderr and an exit code.
 
     2: a mistake of the user's, or a full disk. 1: training broke down. 75: interrupted, by Ctrl-C,
-    SIGTERM or an outage, and resumable. Any other exception is ours, and passes with its traceback.
+    SIGTERM or an outage, and resumable. 141, without a message: nobody reads the output any more,
+    as in `| head`; it is what a shell reports of other programs then (128 + SIGPIPE). Any other
+    exception is ours, and passes with its traceback.
     """
 
     @functools.wraps(command)
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
         try:
             with _interruptible():
-                return command(*arguments, **options)
+                code = command(*arguments, **options)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # at the exit, it would be too late to handle what it raises
+                return code
         except UserError as error:
             return _end("error", error, 2)
         except NonFiniteLossError as error:
@@ -120,6 +126,10 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
         except KeyboardInterrupt:
             message = "what was done is kept, and the same command resumes"
             return _end("interrupted", message, os.EX_TEMPFAIL)
+        except BrokenPipeError:
+            if not _silence_unread():
+                raise
+            return 128 + signal.SIGPIPE
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 message = f"{error}. Make room there, and run the same command again to resume."
@@ -131,6 +141,8 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 "works again, run the same command again to resume."
             )
             return _end("interrupted", message, os.EX_TEMPFAIL)
+        finally:
+            _silence_unread()
 
     return run
 
@@ -152,6 +164,21 @@ def _interruptible() -> Generator[None, None, None]:
             signal.signal(number, usual[number])
 
 
+def _silence_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; it leads nowhere from here."""
+    silenced = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is no file, or closed
+            poll, number = select.poll(), stream.fileno()
+            poll.register(number, 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)  # or Python would report what is left to write
+                os.close(nowhere)
+                silenced = True
+    return silenced
+
+
 def interruptible_start() -> None:
     """Makes Ctrl-C and SIGTERM end this process with code 75 until its command begins.
 
@@ -170,5 +197,6 @@ def _end_at_start(number: int, frame: FrameType | None) -> None:
 
 
 def _end(kind: str, message: object, code: int) -> int:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the code says as much to whoever reads only that
+        print(f"{kind}: {message}", file=sys.stderr, flush=True)
     return code

@@ -4,11 +4,14 @@ The one place that writes files atomically and renames; `save_jax.locks` locks.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Generator
 
@@ -20,6 +23,10 @@ from etils import epath
 from save_jax.errors import OutageError, UserError, is_outage
 
 Path = pathlib.Path | epath.Path
+
+# What `appearing` writes to. A process that is killed leaves it; seconds later than any that lives.
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_LEFT_AFTER = 24 * 3600
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
@@ -86,6 +93,8 @@ def is_remote(where: str | os.PathLike) -> bool:
 def write(where: Path, text: str | bytes, *, fsync: bool = True) -> None:
     """Writes a file that has its name only once it is complete; `fsync` as in `appearing`.
 
+    Several processes may write one name at once: each file is whole, and the last one stays.
+
     Raises:
         OSError: the system or the store refuses; a file of that name is as it was.
     """
@@ -98,18 +107,17 @@ def write(where: Path, text: str | bytes, *, fsync: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def appearing(
-    where: Path, *, unique: bool = False, fsync: bool = True
-) -> Generator[pathlib.Path, None, None]:
+def appearing(where: Path, *, fsync: bool = True) -> Generator[pathlib.Path, None, None]:
     """Gives a path to write to, of what appears as `where` at the end, or not at all.
 
     On a disk it lies beside `where`, whose place it takes. For a bucket it lies in the temporary
-    directory, and is copied there.
+    directory, and is copied there. It is another path each time, as several processes may write
+    `where` at once. One that is killed leaves it behind: it is removed a day later, when a process
+    writes to that folder for the first time. Where a directory takes the place of another, a kill
+    between the two renames leaves neither, and the next call brings the old one back.
 
     Args:
         where: a file; on a disk, a directory too.
-        unique: write to another path each time, because several processes may write `where` at
-            once; a process that is killed leaves it behind. Otherwise the next one writes over it.
         fsync: wait until it is on the disk, so that not even a power cut leaves a name that stands
             for nothing. False is for what can be made again and is many small files.
 
@@ -118,9 +126,12 @@ def appearing(
     """
     where = epath.Path(where)
     remote = is_remote(where)
-    own = f".{uuid.uuid4().hex}" if unique or remote else ""
     folder = pathlib.Path(tempfile.gettempdir()) if remote else pathlib.Path(where).parent
-    temporary = folder / f".{where.name}{own}.tmp"
+    temporary = folder / f".{where.name}.{uuid.uuid4().hex}.tmp"
+    aside = folder / f".{where.name}.replaced"
+    if not remote:
+        _remove_leftovers(folder)
+        _finish_replacing(where, aside)
     renamed = False
     try:
         yield temporary
@@ -131,18 +142,47 @@ def appearing(
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
         if temporary.is_dir() and where.is_dir():  # which only an empty one may be renamed to
-            shutil.rmtree(where)
-        os.replace(temporary, where)
+            os.rename(where, aside)
+        try:
+            os.replace(temporary, where)
+        finally:
+            if fsync:
+                _sync_folder_of(where)
+            _finish_replacing(where, aside)
         renamed = True
-        if fsync:
-            _sync_folder_of(where)
     finally:
         if not renamed:  # else what has that name now is another process's
-            with contextlib.suppress(OSError):
-                if temporary.is_dir():
-                    shutil.rmtree(temporary, ignore_errors=True)
-                else:
-                    temporary.unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def _finish_replacing(where: Path, aside: pathlib.Path) -> None:
+    """Removes the directory that another took the place of, or brings it back if none did."""
+    if not os.path.lexists(aside):
+        return
+    if os.path.lexists(where):
+        _remove(aside)
+    else:
+        os.rename(aside, where)
+
+
+@functools.cache  # once in each folder, as listing one of many files takes a while
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what processes that were killed a day ago or earlier were writing to a folder."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                written = entry.stat(follow_symlinks=False).st_mtime
+                if time.time() - written > _LEFT_AFTER:
+                    _remove(pathlib.Path(entry.path))
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a file or a directory, if that can be done; of a link, not what it points to."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def rename(directory: Path, name: Path) -> None:

@@ -21,6 +21,8 @@ LOCK = ".lock"  # in a directory that one process at a time may write to
 # An object store has no locks. Whoever holds a directory there rewrites LOCK every _RENEWED
 # seconds; one that stays the same for _LEASE seconds was left by a process that has died.
 _RENEWED, _LEASE, _SETTLED = 10.0, 45.0, 2.0
+# Seconds after which a lock is another writer's: `is_locked` of a reader takes it for an instant.
+_INSTANT = 0.3
 _ATTEMPTS = 100  # to make a directory and its lock, while others remove theirs
 
 
@@ -37,11 +39,12 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
 
     Returns:
         A descriptor, which child processes do not inherit by themselves; None when another process
-        has the lock, without `wait`.
+        has the lock for longer than a reader asks for it (see `is_locked`), without `wait`.
 
     Raises:
         OSError: the file cannot be opened.
     """
+    until = time.monotonic() + _INSTANT
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         locked = False
@@ -49,7 +52,10 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                return None
+                if time.monotonic() > until:
+                    return None
+                time.sleep(_INSTANT / 30)
+                continue
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     raise
@@ -64,7 +70,10 @@ def lock(path: Path, *, wait: bool = False) -> int | None:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Returns whether a process on this machine has a file's lock; None where that is unknown."""
+    """Returns whether a process on this machine has a file's lock; None where that is unknown.
+
+    To find out, it takes the lock for an instant, which `lock` allows for.
+    """
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

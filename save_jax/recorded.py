@@ -12,6 +12,7 @@ from save_jax.errors import UserError
 
 CONTENTS = "data.json"  # digests of the splits that a run reads, in its workdir
 RECORDED = "config.json"  # within a workdir
+EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written there by a run's launcher
 EXECUTION = ("remat", "attention")  # of model: how it is computed, which does not touch the result
 INPUTS = ("max_words", "max_frames", "tokenizer")  # of data: how the model reads texts and videos
 # What results depend on, and an evaluation chooses for itself.
@@ -53,11 +54,15 @@ def write(
 ) -> None:
     """Records the config that a run starts with, and its data; not again, where the run has them.
 
+    How an earlier start of the run has ended is true no longer, and removed.
+
     Args:
         config: the run's config.
         workdir: the run's directory.
         contents: a digest of each split that it reads (`data.Splits.contents`).
     """
+    if not files.is_remote(workdir):  # a launcher writes it to a disk
+        (workdir / EXIT_FILE).unlink(missing_ok=True)
     for name, value in ((RECORDED, config), (CONTENTS, contents)):
         if value is not None and not (workdir / name).exists():
             files.write(workdir / name, json.dumps(value, indent=2) + "\n")

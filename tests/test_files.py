@@ -3,6 +3,10 @@
 import errno
 import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -37,16 +41,15 @@ def content(folder) -> dict[str, str]:
     return {p.name: p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("unique", [False, True])
-def test_a_file_that_is_written_bit_by_bit_appears_at_once(tmp_path, unique):
+def test_a_file_that_is_written_bit_by_bit_appears_at_once(tmp_path):
     (tmp_path / "a").write_text("old")
-    with files.appearing(tmp_path / "a", unique=unique) as temporary:
+    with files.appearing(tmp_path / "a") as temporary:
         with temporary.open("w") as file:
             file.write("n")
             assert (tmp_path / "a").read_text() == "old"
             file.write("ew")
         assert temporary.parent == tmp_path
-        with files.appearing(tmp_path / "a", unique=True) as other:  # of a second process
+        with files.appearing(tmp_path / "a") as other:  # of a second process
             assert other != temporary
             other.write_text("theirs")
         assert temporary.read_text() == "new" and (tmp_path / "a").read_text() == "theirs"
@@ -60,6 +63,61 @@ def test_a_directory_appears_at_once_in_the_place_of_another(tmp_path):
             (temporary / f"file-{number}").write_text(str(number))
             assert (tmp_path / "made").exists() == bool(number)
     assert content(tmp_path) == {"file-1": "1"} and os.listdir(tmp_path) == ["made"]
+
+
+def test_what_killed_processes_left_is_removed_a_day_later(tmp_path):
+    names = [f".{name}.{digit * 32}.tmp" for name, digit in (("a", "0"), ("b", "1"), ("a", "2"))]
+    (tmp_path / names[0]).write_text("half")
+    (tmp_path / names[1]).mkdir()
+    (tmp_path / names[1] / "part").touch()
+    for name in names[:2]:
+        os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
+    (tmp_path / names[2]).write_text("of a process that is writing it")
+    (tmp_path / ".mine.tmp").write_text("not ours")
+    os.utime(tmp_path / ".mine.tmp", (0, 0))
+    files.write(tmp_path / "a", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([names[2], ".mine.tmp", "a"])
+
+
+REPLACING = """
+import os, pathlib, shutil, signal, sys
+from save_jax import files
+
+directory, killed_in = pathlib.Path(sys.argv[1]), sys.argv[2]
+module, _, name = killed_in.rpartition(".")
+with files.appearing(directory) as temporary:
+    temporary.mkdir()
+    (temporary / "file").write_text("new")
+    setattr(sys.modules[module], name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed_in", "found"), [("os.rename", "old"), ("os.replace", "old"), ("shutil.rmtree", "new")]
+)
+def test_a_directory_is_there_again_after_a_kill_while_it_was_replaced(tmp_path, killed_in, found):
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "file").write_text("old")
+    arguments = [sys.executable, "-c", REPLACING, str(made), killed_in]
+    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+    with pytest.raises(ZeroDivisionError), files.appearing(made):
+        raise ZeroDivisionError
+    assert content(made) == {"file": found}
+    assert not [name for name in os.listdir(tmp_path) if name != "made" and name[-4:] != ".tmp"]
+
+
+def test_a_directory_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").write_text("old")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"), files.appearing(tmp_path / "made") as new:
+        new.mkdir()
+    assert content(tmp_path) == {"file": "old"} and os.listdir(tmp_path) == ["made"]
 
 
 def test_a_directory_is_not_replaced_by_a_file(tmp_path):

@@ -51,6 +51,16 @@ def test_a_lock_that_its_last_holder_removed_is_taken_anew(tmp_path):
     os.close(locks.lock(path))
 
 
+def test_a_reader_that_asks_for_an_instant_keeps_nobody_off(tmp_path, monkeypatch):
+    """What `is_locked` takes to find out is gone by the next attempt."""
+    (tmp_path / locks.LOCK).touch()  # as a run that was killed leaves it
+    reader = open(tmp_path / locks.LOCK, "rb")  # noqa: SIM115, closed below
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: reader.close())
+    with locks.hold(tmp_path):
+        assert locks.is_locked(tmp_path / locks.LOCK)
+
+
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
     def without(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")

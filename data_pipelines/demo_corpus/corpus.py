@@ -11,15 +11,16 @@ Under its root:
     manifest.json                               generator version, seed and sizes: its identity
 """
 
-import concurrent.futures
+import contextlib
 import csv
 import functools
 import io
 import json
-import multiprocessing
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import av
 import numpy as np
@@ -27,7 +28,8 @@ from tqdm import tqdm
 
 from data_pipelines.demo_corpus import scenes, sounds, speech, teacher
 from data_pipelines.demo_corpus.plan import PlannedClip, clip_rng, plan
-from save_jax import files
+from data_pipelines.pool import in_order
+from save_jax import files, locks
 from save_jax.errors import UserError
 
 # Raised whenever the generator would make other files from the same seed.
@@ -47,8 +49,8 @@ _ATTRIBUTE_COLUMNS = (
     *("has_track", "has_transcript"),
 )
 _OTHER_PLACE = "Give another directory, or remove this one to make the corpus anew."
-# What may precede the manifest: an interruption's leftover, and preparation's default --out.
-_EMPTY_ROOT = {f".{MANIFEST}.tmp", "prepared"}
+# What may precede the manifest: the lock, an interruption's leftover, preparation's default --out.
+_EMPTY_ROOT = re.compile(rf"{re.escape(locks.LOCK)}|\.{re.escape(MANIFEST)}\..*tmp|prepared")
 _SECONDS = (3.0, 4.0)  # shortest and longest clip
 _LEVEL = 0.1  # root mean square of speech, or of a sound alone; full scale is 1
 _SPEECH_OVER_SOUND_DB = (5.0, 11.0)  # how much louder speech is than the sound behind it
@@ -65,7 +67,7 @@ def generate(
 
     The files depend on the seed and the sizes only, not on the number of workers nor on
     interruptions. Files get their names only once they are complete. Returns at once when the
-    corpus is complete already.
+    corpus is complete already; waits for another process that is making it.
 
     Args:
         root: the folder to fill; made if absent.
@@ -77,25 +79,53 @@ def generate(
     Raises:
         UserError: root holds something else, such as a corpus of another seed; or the speech
             synthesiser is missing.
+        OutageError: the machine fails; the same call completes the corpus.
     """
     root = Path(root)
+    identity, clips = _planned(root, seed, n_train, n_test)
+    if (root / MANIFEST).exists() and not _absent_clips(root, clips) and not _unwritten(root):
+        return
+    with locks.hold(root, wait=True):
+        # Again, since another process may have begun another corpus here.
+        identity, clips = _planned(root, seed, n_train, n_test)
+        _complete(root, identity, clips, workers or _cpu_cores())
+
+
+def _planned(
+    root: Path, seed: int, n_train: int | None, n_test: int | None
+) -> tuple[dict[str, int], list[PlannedClip]]:
+    """Returns the identity of the corpus that is wanted and its clips; arguments of `generate`."""
     begun = _read_manifest(root)
     n_train = begun.get("train", 600) if n_train is None else n_train
     n_test = begun.get("test", 128) if n_test is None else n_test
     identity = {"generator_version": VERSION, "seed": seed, "train": n_train, "test": n_test}
     _check_same(root, begun, identity)
-    clips = plan(seed, n_train, n_test)
-    root.mkdir(parents=True, exist_ok=True)
-    if not begun:  # written first, so that root is recognised as a corpus after an interruption
-        _write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
-    for folder in _clip_files(""):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    return identity, plan(seed, n_train, n_test)
 
-    absent = {Path(path).stem for path in absent_files(root, [clip.video_id for clip in clips])}
-    todo = [clip for clip in clips if clip.video_id in absent]
-    _render_all(root, seed, todo, workers or _cpu_cores())
-    if todo or not all((root / name).exists() for name in (CAPTIONS, ASR, ATTRIBUTES)):
+
+def _complete(root: Path, identity: dict[str, int], clips: list[PlannedClip], workers: int) -> None:
+    """Makes what is missing of a corpus that no other process writes to."""
+    if not (root / MANIFEST).exists():  # first, so that root is recognised after an interruption
+        _write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
+    for folder in ("", *_clip_files("")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for left in (root / folder).glob(".*.tmp"):  # by processes that were killed
+            left.unlink(missing_ok=True)
+
+    todo = _absent_clips(root, clips)
+    _render_all(root, identity["seed"], todo, workers)
+    if todo or _unwritten(root):
         _write_annotations(root, clips)
+
+
+def _absent_clips(root: Path, clips: list[PlannedClip]) -> list[PlannedClip]:
+    absent = {Path(path).stem for path in absent_files(root, [clip.video_id for clip in clips])}
+    return [clip for clip in clips if clip.video_id in absent]
+
+
+def _unwritten(root: Path) -> bool:
+    """Whether annotations are missing."""
+    return not all((root / name).exists() for name in (CAPTIONS, ASR, ATTRIBUTES))
 
 
 def absent_files(root: str | os.PathLike, video_ids: Iterable[str]) -> list[str]:
@@ -153,7 +183,7 @@ def _read_manifest(root: Path) -> dict[str, int]:
         return manifest
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: expected a directory, found a file. {_OTHER_PLACE}")
-    if root.exists() and any(file.name not in _EMPTY_ROOT for file in root.iterdir()):
+    if root.exists() and not all(_EMPTY_ROOT.fullmatch(file.name) for file in root.iterdir()):
         raise UserError(
             f"{root}: expected a demo corpus or an empty directory, found other files and no"
             f" {MANIFEST}. {_OTHER_PLACE}"
@@ -181,21 +211,18 @@ def _render_all(root: Path, seed: int, clips: list[PlannedClip], workers: int) -
     progress = functools.partial(
         tqdm, total=len(clips), desc="making demo clips", unit="clip", disable=not clips
     )
-    workers = min(workers, -(-len(clips) // 8))  # a process takes a while to start
-    if workers <= 1:
-        for clip in progress(clips):
-            render(clip)
-        return
-    # "spawn": a fork of a process that runs threads (JAX's, TensorFlow's) may hang.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn")
-    )
-    try:
-        jobs = [pool.submit(render, clip) for clip in clips]
-        for job in progress(concurrent.futures.as_completed(jobs)):
-            job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    workers = max(min(workers, -(-len(clips) // 8)), 1)  # a process takes a while to start
+    with contextlib.closing(in_order(render, clips, workers, _crashed, _name)) as rendered:
+        for _ in progress(rendered):
+            pass
+
+
+def _name(clip: PlannedClip) -> str:
+    return f"the demo's clip {clip.video_id}"
+
+
+def _crashed(clip: PlannedClip) -> NoReturn:
+    raise RuntimeError(f"{_name(clip)}: making it crashes its process")
 
 
 def _render(root: Path, seed: int, clip: PlannedClip) -> None:

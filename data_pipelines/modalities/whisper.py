@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from data_pipelines.datasets.types import Clip, Problem
@@ -35,6 +36,7 @@ from data_pipelines.modalities.whisper_journal import (
     resume,
 )
 from data_pipelines.pool import in_order
+from save_jax import locks
 from save_jax.errors import UserError, did_you_mean
 
 # The possible results of a clip, in the order of the summary.
@@ -97,7 +99,8 @@ def transcribe(
 
     Clips that the file has already are kept, and so are those that an interrupted run finished,
     which a journal beside the file holds; the result does not depend on interruptions. Only clips
-    whose sound could not be read are tried again.
+    whose sound could not be read are tried again. The variants of a data set share the file: a
+    process waits for another that transcribes into it, and keeps what that one has done.
 
     Args:
         clips: the clips; of several with one id, the first counts.
@@ -114,9 +117,23 @@ def transcribe(
 
     Raises:
         UserError: the model cannot be loaded or does not work, or the file was made with other
-            settings.
+            settings, or cannot be written.
+        OutageError: the machine, its network or a store fails.
     """
     settings = {"model": model, "translate": translate}
+    with locks.hold(epath.Path(path), beside=epath.Path(f"{path}.lock"), wait=True):
+        load = functools.partial(_load, model, translate, device, workers)
+        return _transcribe(clips, path, settings, load, strict)
+
+
+def _transcribe(
+    clips: Sequence[Clip],
+    path: str,
+    settings: Entry,
+    load: Callable[[], _Ear],
+    strict: bool,
+) -> WhisperSummary:
+    """Transcribes into a file that no other process writes to; see `transcribe`."""
     journal = journal_path(path)
     written = read_written(path, settings)
     known = {entry["key"]: entry for entry in [*written, *resume(journal, settings)]}
@@ -129,7 +146,7 @@ def transcribe(
     kept = len(heard)
     todo = [clip for key, clip in wanted.items() if key not in heard]
     if todo:
-        ear = _load(model, translate, device, workers)
+        ear = load()
         with (
             appending(journal) as append,
             contextlib.closing(_hear_all(todo, ear, settings)) as entries,

@@ -104,8 +104,7 @@ def _copy(
     """Copies a file; the copy gets its name only once it is complete."""
     with outages.reaching(path):
         source = store.open(name, "rb")
-    # On a file system without locks, two processes may copy the same file.
-    with source, files.appearing(copy, unique=True) as partial, partial.open("wb") as target:
+    with source, files.appearing(copy) as partial, partial.open("wb") as target:
         while chunk := _read(source, path):
             progress.update(target.write(chunk))
 

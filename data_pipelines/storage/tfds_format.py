@@ -241,6 +241,6 @@ def _partial_file(path: str) -> Generator[str]:
     """Yields the name of a file on this machine to write, which becomes `path` at the end."""
     here = outages.temporary if is_remote(path) else contextlib.nullcontext
     with contextlib.ExitStack() as stack, here():
-        # A unique name for each attempt: Beam may run two workers on one shard.
-        partial = stack.enter_context(files.appearing(epath.Path(path), unique=True))
+        # Which has another name in each attempt: Beam may run two workers on one shard.
+        partial = stack.enter_context(files.appearing(epath.Path(path)))
         yield os.fspath(partial)

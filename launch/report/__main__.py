@@ -271,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
             write_csv(rows, options.csv)
         if options.plot:
             plot(found, options.metric, options.x, options.plot)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or ''}: {error.strerror}") from error
     return 0

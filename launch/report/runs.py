@@ -15,9 +15,8 @@ from etils import epath
 from save_jax import files, locks
 from save_jax.errors import UserError
 from save_jax.progress import duration
-from save_jax.recorded import flatten
+from save_jax.recorded import EXIT_FILE, flatten
 
-EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written by the run's launcher
 LOCK_FILE = "launch.lock"  # locked by a run of a local sweep for as long as its process lives
 # Where nobody can tell whether a run's process lives: seconds without a line, after which the run
 # is assumed to have stopped.

@@ -6,7 +6,9 @@ python -m save_jax.weights export DIR --format=save-pytorch|safetensors --out=FI
 
 import argparse
 import contextlib
+import errno
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Generator, Sequence
@@ -18,7 +20,14 @@ from configs import base
 from save_jax import checkpoint, files, parameters, recorded
 from save_jax import config as configuration
 from save_jax.arguments import ArgumentParser
-from save_jax.errors import EXIT_CODES, UserError, exit_codes
+from save_jax.errors import (
+    EXIT_CODES,
+    NO_SPACE,
+    OutageError,
+    UserError,
+    exit_codes,
+    is_outage,
+)
 from save_jax.models import ast, clip
 from save_jax.models.save import SAVE, SAVEConfig
 from save_jax.weights import export, loading
@@ -77,13 +86,21 @@ def _parser() -> ArgumentParser:
 
 @contextlib.contextmanager
 def _appearing_at_once(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
-    """Yields a temporary path, renamed to `out` once all is written, and removed if not."""
-    out = out.absolute()
+    """Yields a temporary path, renamed to `out` once all is written, and removed if not.
+
+    Of a link, what it points to is replaced.
+    """
+    out = pathlib.Path(os.path.realpath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with files.appearing(out, unique=True) as temporary:
+        with files.appearing(out) as temporary:
             yield temporary
     except OSError as error:
+        if is_outage(error) and error.errno not in (*NO_SPACE, errno.EFBIG):
+            raise OutageError(
+                f"cannot write {out}: {error}. When the disk works again, run the same command "
+                "again."
+            ) from error
         raise UserError(f"cannot write {out}: {error}") from error
 
 
@@ -162,7 +179,7 @@ def _export(args: argparse.Namespace) -> None:
 
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Runs a command line; returns the exit code: 0, 2 (a mistake) or 75 (an outage)."""
     args = _parser().parse_args(argv)
     # Nothing is computed: leave accelerators to others.
     jax.config.update("jax_platforms", "cpu")

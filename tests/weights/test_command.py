@@ -1,5 +1,6 @@
 """The command line: weights in, weights out, and the same bits again."""
 
+import errno
 import json
 import os
 import pathlib
@@ -157,6 +158,35 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert run("import", file, f"--out={tmp_path / 'run'}", "--overwrite") == 2
     assert "that no import made" in capsys.readouterr().err
     assert weights.load(str(ours), small.config(), EXPECTED).absent == ()
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    checkpoint.write_parameters(tmp_path / "run", ours_at_random())
+    file, ours, link = tmp_path / "file", tmp_path / "ours", tmp_path / "link"
+    assert run("export", tmp_path / "run", "--format=safetensors", f"--out={file}") == 0
+    assert run("import", file, f"--out={ours}") == 0
+    link.symlink_to("ours")
+    written = (ours / "weights.json").stat().st_mtime_ns
+    assert run("import", file, f"--out={link}", "--overwrite") == 0
+    assert link.is_symlink() and not ours.is_symlink()
+    assert (ours / "weights.json").stat().st_mtime_ns > written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "ours", "run"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, os.EX_TEMPFAIL), (errno.ENOSPC, 2), (errno.EACCES, 2)]
+)
+def test_a_disk_that_fails_is_no_mistake_of_the_users(tmp_path, monkeypatch, capsys, number, code):
+    checkpoint.write_parameters(tmp_path / "run", ours_at_random())
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(export.safetensors, "write", fail)
+    out = tmp_path / "file"
+    assert run("export", tmp_path / "run", "--format=safetensors", f"--out={out}") == code
+    error = capsys.readouterr().err
+    assert f"cannot write {out}: " in error and os.strerror(number) in error
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):

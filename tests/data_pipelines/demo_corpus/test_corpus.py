@@ -3,7 +3,14 @@
 import csv
 import itertools
 import json
+import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 
 import av
@@ -14,6 +21,7 @@ from data_pipelines.datasets import demo
 from data_pipelines.demo_corpus import corpus, generate, scenes, sounds, speech, teacher
 from data_pipelines.demo_corpus.plan import plan
 from data_pipelines.modalities.transcripts import read_asr
+from save_jax import locks
 from save_jax.errors import UserError
 
 SIZES = {"n_train": 8, "n_test": 4}
@@ -90,7 +98,7 @@ def test_two_runs_write_the_same_bytes_whatever_the_number_of_workers(root, tmp_
 def test_an_interrupted_corpus_is_completed(root, copy):
     videos, vectors = copy / "VideoData", copy / "FeatureData" / "ImageBind" / "AudioFeature"
     (videos / "train_0003.mp4").unlink()
-    (videos / "train_0004.mp4").rename(videos / ".train_0004.mp4.tmp")
+    (videos / "train_0004.mp4").rename(videos / f".train_0004.mp4.{'0' * 32}.tmp")
     (videos / "test_0001.mp4").write_bytes(b"")
     (vectors / "test_0002.npy").unlink()
     (copy / "captions.csv").unlink()
@@ -98,6 +106,65 @@ def test_an_interrupted_corpus_is_completed(root, copy):
     generate(copy, workers=1)  # the sizes are known from what is there
     assert _contents(copy) == _contents(root)
     assert (videos / "train_0000.mp4").stat().st_mtime_ns == untouched
+
+
+def test_a_corpus_that_another_process_makes_is_waited_for(root, copy, capsys):
+    (copy / "VideoData" / "train_0003.mp4").unlink()
+    making = threading.Thread(target=generate, args=(copy,), kwargs={"workers": 1})
+    with locks.hold(copy):
+        making.start()
+        making.join(1)
+        assert making.is_alive() and not (copy / "VideoData" / "train_0003.mp4").exists()
+    making.join(60)
+    assert _contents(copy) == _contents(root)
+    assert f"which holds {copy}" in capsys.readouterr().out
+
+
+GENERATE = """
+import sys
+from data_pipelines import demo_corpus
+if __name__ == "__main__":
+    demo_corpus.generate(sys.argv[1], workers=2, n_train=400, n_test=4)
+"""
+
+
+def _children(number: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(number)], capture_output=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def _lives(number: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "make.py"
+    script.write_text(GENERATE)
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    command = [sys.executable, str(script), str(tmp_path / "demo")]
+    making = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    workers = []
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "demo").glob("VideoData/*.mp4")):
+            assert making.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = _children(making.pid)
+        assert len(workers) >= 2
+        making.kill()
+        making.wait()
+        deadline = time.monotonic() + 10
+        while any(map(_lives, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [number for number in workers if _lives(number)]
+    finally:
+        making.kill()
+        making.wait()
+        for number in filter(_lives, workers):
+            os.kill(number, signal.SIGKILL)
 
 
 def test_a_complete_corpus_is_left_alone(copy, monkeypatch):

@@ -250,7 +250,7 @@ def test_a_full_disk_keeps_what_is_done(folder, tmp_path, monkeypatch, read):
         append(file, line)
 
     monkeypatch.setattr(whisper_journal, "append_line", full)
-    with pytest.raises(UserError, match=r"asr\.json\.partial.*No space left.*is kept"):
+    with pytest.raises(UserError, match=r"asr\.json\.partial.*No space left.*are kept"):
         transcribe(clips, str(path))
     monkeypatch.undo()
     assert transcribe(clips, str(path)).counts["kept"] == 2
@@ -292,7 +292,7 @@ def test_models_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
     wanted = r"--whisper=large-v3.*cannot be reached.*Systran/faster-whisper-large-v3.*model\.bin"
     with pytest.raises(UserError, match=wanted):
         hear(model="large-v3")
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other").mkdir(parents=True)
     (tmp_path / "other" / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(UserError, match=r"no model\.bin, .*ct2-transformers-converter"):
         hear(model=str(tmp_path / "other"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,30 @@ def test_a_run_is_running_while_its_process_lives(half_done, capsys):
     assert state(half_done, capsys) == ("failed", "")
     (half_done / runs.EXIT_FILE).unlink()
     assert state(half_done, capsys) == ("stopped", "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone_ends_the_report_quietly(half_done, buffered):
+    """As in `python -m launch.report DIR | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.report", str(half_done)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_pipe_that_breaks_is_not_hidden(half_done, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(runs, "find", fail)
+    with pytest.raises(BrokenPipeError):
+        report.main([str(half_done)])
 
 
 def test_what_is_assumed_of_a_run_on_another_machine_is_said(half_done, capsys):

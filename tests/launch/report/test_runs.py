@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from launch.report import runs
-from save_jax import locks
+from save_jax import locks, recorded
 from save_jax.errors import UserError
 from tests.support import object_store, stand_in
 
@@ -68,6 +68,16 @@ def test_states_of_a_run_that_is_not_complete(run, tmp_path):
     runs.write_json(run / runs.EXIT_FILE, {"code": 1})
     assert state(run) == "failed"
     assert state(tmp_path / "absent") == "waiting"
+
+
+def test_an_exit_code_does_not_outlive_the_start_that_it_ended(run):
+    """A failed point of a sweep is started again by hand, which nothing records, and killed."""
+    shutil.rmtree(run / "evaluation")
+    runs.write_json(run / runs.EXIT_FILE, {"code": 1})
+    assert state(run) == "failed"
+    recorded.write({}, run)  # as a run does once it has begun
+    (run / locks.LOCK).touch()
+    assert state(run) == "stopped"
 
 
 def test_broken_files_are_named_and_not_fatal(run):
