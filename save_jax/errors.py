@@ -1,11 +1,12 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
+import difflib
 import errno
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import ParamSpec
 
@@ -88,6 +89,13 @@ def is_outage(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno not in _OF_THE_PATH
     return isinstance(error, TimeoutError | ConnectionError)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Returns the known word that a mistyped one most likely means, in any case; "" for none."""
+    lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), lower, 1)
+    return lower[found[0]] if found else ""
 
 
 def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
