@@ -35,6 +35,18 @@ MODELS = {
 }
 
 
+class Model(ConfigDict):
+    """The keys of the model: an encoder's value may change from a name to sizes, and back."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in ("clip", "ast") and isinstance(value, str | dict | ConfigDict):
+            value = ConfigDict(value) if isinstance(value, dict) else value
+            with self.ignore_type():
+                super().__setitem__(key, value)
+        else:
+            super().__setitem__(key, value)
+
+
 def apply_model(config: ConfigDict, name: str) -> None:
     """Turns a config of SAVE into one of the models above, in place.
 
@@ -94,7 +106,7 @@ def get_config() -> ConfigDict:
 
     # The branches' weights (one of weight 0 does not exist), sizes, and what is recomputed in the
     # backward pass: save_jax/models/save.py says what each key means.
-    config.model = ConfigDict(
+    config.model = Model(
         {
             **_defaults(SAVEConfig, "dtype"),
             "clip": "ViT-B/32",  # a name, or sizes: see save_jax/models/clip.py

@@ -17,29 +17,24 @@ def get_config(model: str = "save") -> ConfigDict:
     """
     config = base.get_config()
     config.data.update(dataset="demo", variant="default", dir="demo_data", max_frames=4)
-    with config.ignore_type():  # sizes instead of the name of a variant
-        config.model.clip = ConfigDict(
-            {
-                "embed_dim": 64,
-                "image_size": 32,
-                "patch_size": 8,
-                "vision_width": 64,
-                "vision_layers": 2,
-                "vision_heads": 4,
-                "text_width": 64,
-                "text_layers": 2,
-                "text_heads": 4,
-            }
-        )
-        config.model.ast = ConfigDict(
-            {
-                "fbank_frames": 128,
-                "stride": 16,
-                "width": 64,
-                "layers": 2,
-                "heads": 4,
-            }
-        )
+    config.model.clip = {  # sizes instead of the name of a variant
+        "embed_dim": 64,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_width": 64,
+        "vision_layers": 2,
+        "vision_heads": 4,
+        "text_width": 64,
+        "text_layers": 2,
+        "text_heads": 4,
+    }
+    config.model.ast = {
+        "fbank_frames": 128,
+        "stride": 16,
+        "width": 64,
+        "layers": 2,
+        "heads": 4,
+    }
     config.model.fusion_layers = 2
     # The reference's 0.02 belongs to a width of 512; √(512/64) times that keeps the variance. With
     # less, the gates start closed, and a few minutes are too short for speech to be learnt.

@@ -6,11 +6,31 @@ the filterbank be mixed in one experiment. Whatever changes the stored arrays is
 
 import dataclasses
 import json
+from collections.abc import Collection, Mapping
 
 from etils import epath
 
 from save_jax import batch
 from save_jax.errors import UserError
+
+# The config keys from which a model's wanted settings come.
+CONFIG_KEYS = {
+    "image_size": "config.model.clip.image_size",
+    "max_frames": "config.data.max_frames",
+    "fbank_frames": "config.model.ast.fbank_frames",
+    "mel_bins": "config.model.ast.mel_bins",
+}
+# Fields of a recipe that data_pipelines.prepare has no flag for.
+NO_FLAGS = ("mel_bins", "teacher_size", "version")
+
+
+def flags(settings: Mapping[str, int | str]) -> str:
+    """Returns the flags of data_pipelines.prepare for settings, in the order of `Recipe`."""
+    return " ".join(
+        f"--{field.name}={settings[field.name]}"
+        for field in dataclasses.fields(Recipe)
+        if field.name in settings and field.name not in NO_FLAGS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +66,14 @@ class Recipe:
         """Reads what `to_json` wrote."""
         return cls(**json.loads(text))
 
-    def check(self, expected: dict[str, int | str], where: str) -> None:
-        """Raises UserError naming every field in which `expected` differs from this recipe."""
+    def check(self, expected: dict[str, int | str], where: str, *, of_config: bool = False) -> None:
+        """Raises UserError naming every field in which `expected` differs from this recipe.
+
+        Args:
+            expected: the wanted fields.
+            where: names what this recipe made.
+            of_config: whether they are wanted by a config, whose keys the message then names.
+        """
         found = dataclasses.asdict(self)
         differing = {k: (v, found[k]) for k, v in expected.items() if found[k] != v}
         if differing:
@@ -57,9 +83,20 @@ class Recipe:
             raise UserError(
                 f"{where} was prepared with other settings than are wanted now:\n"
                 + "\n".join(lines)
-                + "\nPrepare again into another --out with the wanted settings (flags: python -m "
-                "data_pipelines.prepare --help), or change the wanted ones."
+                + (
+                    f"\nPrepare again into another --out with {flags(expected)}, or set in the "
+                    f"config what is prepared: {_keys(found, differing)} (in a config file where "
+                    "model.clip or model.ast is a variant's name: configs/README.md)."
+                    if of_config
+                    else "\nPrepare again into another --out with the wanted settings (flags: "
+                    "python -m data_pipelines.prepare --help), or change the wanted ones."
+                )
             )
+
+
+def _keys(found: Mapping[str, int | str], differing: Collection[str]) -> str:
+    """Returns the config keys of the differing settings, with the values that they have here."""
+    return ", ".join(f"{CONFIG_KEYS[name]} = {found[name]}" for name in sorted(differing))
 
 
 def version_directory(out: str, dataset: str, variant: str, version: int) -> epath.Path:

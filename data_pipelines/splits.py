@@ -11,7 +11,7 @@ from array_record.python import array_record_data_source
 from etils import epath
 
 from data_pipelines.prepared import metadata, prepared_by
-from data_pipelines.recipe import Recipe, version_directory
+from data_pipelines.recipe import Recipe, flags, version_directory
 from data_pipelines.storage.local_copies import local_copies
 from save_jax.errors import UserError
 from save_jax.files import is_remote
@@ -23,9 +23,6 @@ _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 _most = _ENOUGH_FILES if _hard == resource.RLIM_INFINITY else min(_hard, _ENOUGH_FILES)
 if _soft != resource.RLIM_INFINITY and _soft < _most:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _hard))
-
-# Fields of a recipe that data_pipelines.prepare has no flag for.
-_NO_FLAGS = ("mel_bins", "teacher_size", "version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +95,16 @@ def open_split(
     """
     directory = version_directory(data_dir, dataset, variant, Recipe.version)
     if not (directory / "metadata.json").exists():
-        flags = "".join(
-            f" --{field.name}={expected_recipe[field.name]}"
-            for field in dataclasses.fields(Recipe)
-            if field.name in expected_recipe and field.name not in _NO_FLAGS
-        )
         raise UserError(
             f"expected {dataset} {variant} prepared in {data_dir}, did not find "
             f"{directory / 'metadata.json'}. Prepare it with\n  python -m data_pipelines.prepare "
-            f"{dataset} --root=ROOT --out={data_dir} --variant={variant}{flags}\n"
+            f"{dataset} --root=ROOT --out={data_dir} --variant={variant} "
+            f"{flags(expected_recipe)}\n"
             "where ROOT is the folder of the data set's own files; or set --config.data.dir to the "
             "folder where it is prepared."
         )
     recipe = prepared_by(directory)
-    recipe.check(expected_recipe, str(directory))
+    recipe.check(expected_recipe, str(directory), of_config=True)
     index = _read_index(directory, split)
     paths = _record_paths(directory, split)
     return Split(

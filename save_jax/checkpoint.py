@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.typing import ArrayLike
 from orbax.checkpoint import checkpoint_managers
 
@@ -202,15 +203,15 @@ def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
     Raises:
         UserError: the directory is not a checkpoint of ours.
     """
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(checkpoint / "default").item_metadata.tree
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {error}") from error
-    except AttributeError as error:  # orbax gives None for what it cannot read
-        raise UserError(
-            f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or damaged"
-        ) from error
+    # A Checkpointer would also look for metadata of a whole step, and warn that there is none.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        try:
+            return handler.metadata(epath.Path(checkpoint) / "default").tree
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or "
+                f"damaged ({error})"
+            ) from error
 
 
 def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from save_jax import files
-from save_jax.errors import UserError
+from save_jax.errors import UserError, closest
 from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
@@ -40,6 +40,12 @@ COUNTS = {
     "eval_every": (1, "epochs between evaluations"),
     "checkpoint_every": (0, "steps between checkpoints; 0 saves with evaluations only"),
     "log_every": (1, "steps between progress lines"),
+}
+# What absl's parsers of flags say of a value, and what it means.
+NOT_PARSED = {
+    "invalid literal for int()": "expected a whole number",
+    "could not convert string to float": "expected a number",
+    "('Non-boolean argument to boolean flag": "expected true or false",
 }
 SIZED = {"clip": (clip.VARIANTS, clip.CLIPConfig), "ast": (ast.VARIANTS, ast.ASTConfig)}
 
@@ -78,7 +84,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     Raises:
         UserError: the config file cannot be used, or a flag, a key or a value is wrong.
     """
-    file = _config_file(argv)
+    file = _config_argument(argv).partition(":")[0]
     if not pathlib.Path(file).is_file():
         raise UserError(
             f"--config={file}: expected a config file, found no such file in "
@@ -102,18 +108,18 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _config_file(argv: Sequence[str]) -> str:
-    """Returns the file that a command line's --config names, without the variant."""
+def _config_argument(argv: Sequence[str]) -> str:
+    """Returns the value of a command line's --config: a file, and perhaps a variant."""
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         if name in ("--config", "-config"):
-            return (value if equals else following).partition(":")[0]
+            return value if equals else following
     return ""
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str:
     """Says what went wrong first: config_flags wraps it, traceback and all."""
-    file, chain = _config_file(argv), [error]
+    file, chain = _config_argument(argv).partition(":")[0], [error]
     while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, Exception):
         chain.append(cause)
     first = chain[-1]
@@ -152,9 +158,28 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
                 f"--{key}: expected a dictionary of sizes, because this config has one. {choices}"
             )
     if isinstance(first, KeyError):
-        key = str(first.args[0]).rpartition("lookup: ")[2]
-        return f"unknown config key {key!r}; the keys are in configs/base.py and in the config file"
+        return _unknown_key(argv)
+    for said, meant in NOT_PARSED.items():
+        if said in str(error):
+            return str(error).partition(said)[0] + meant
     return found if isinstance(first, AttributeError) else str(error)
+
+
+def _unknown_key(argv: Sequence[str]) -> str:
+    """Says which key of a command line its config lacks, and which one may be meant."""
+    leaves = jax.tree_util.tree_leaves_with_path(read(_config_argument(argv)))
+    known = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    flags_of_keys = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv)
+    key = next(
+        found[1]
+        for found in flags_of_keys
+        if found and not any(f"{name}.".startswith(f"{found[1]}.") for name in known)
+    )
+    near = closest(key, known)
+    return (
+        f"unknown config key {key!r}{f': did you mean {near!r}?' if near else '.'} The keys are in "
+        "configs/base.py and in the config file"
+    )
 
 
 def sizes_of(

@@ -14,7 +14,7 @@ from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
 from save_jax.parameters import Parameters
-from save_jax.progress import say, warn
+from save_jax.progress import counted, say, warn
 
 SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 
@@ -204,8 +204,8 @@ class Splits:
 
         per_epoch = self._pipeline.steps_per_epoch(split, self._config["batch_size"])
         say(
-            f"training on {split.num_clips} clips, {split.num_pairs} captions: "
-            f"{per_epoch} steps per epoch"
+            f"training on {counted(split.num_clips, 'clip')}, "
+            f"{counted(split.num_pairs, 'caption')}: {counted(per_epoch, 'step')} per epoch"
         )
         return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
 
@@ -213,9 +213,10 @@ class Splits:
         """Opens the evaluation split."""
         split = self._open(self._config["data"]["eval_split"])
         table = self._stored.caption_table(split)
+        clips = counted(split.num_clips, "clip")
         if not table.texts:
             raise UserError(
-                f"expected captions in the split {split.name!r}, found {split.num_clips} clips "
+                f"expected captions in the split {split.name!r}, found {clips} "
                 "without any: there is nothing to rank them by. "
                 "Add captions to the annotations (captions.csv for your own folder) and prepare "
                 "again, or evaluate another split: --config.data.eval_split=NAME"
@@ -258,21 +259,25 @@ def _report_teacher(split: Any) -> None:
     """
     with_sound, usable = split.has_audio, split.has_audio & split.has_teacher
     silent, lacking = int((~with_sound).sum()), int((with_sound & ~split.has_teacher).sum())
-    why = [f"{silent} without an audio track"] * bool(silent)
-    why += [f"{lacking} with sound but without the teacher's vectors"] * bool(lacking)
-    if why and usable.sum() < 2:
+    clips = counted(split.num_clips, "clip")
+    if (silent or lacking) and usable.sum() < 2:
+        why = [f"{silent} {_has(silent)} no audio track"] * bool(silent)
+        why += [f"{lacking} {_has(lacking)} sound but not the teacher's vectors"] * bool(lacking)
         warn(
             f"soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
-            f"{split.num_clips} clips in the split {split.name!r} there are {' and '.join(why)}. "
+            f"{clips} in the split {split.name!r}, {' and '.join(why)}. "
             "To train SAVE as published, prepare the data again with the teacher's vectors "
             "(python -m data_pipelines.prepare … --imagebind=imagebind_huge.pth); to train "
             "without them on purpose, set --config.loss.soft_albef_weight=0"
         )
-    elif why:
-        say(
-            f"soft-ALBEF aligns {usable.sum()} of {split.num_clips} clips, and leaves out "
-            + " and ".join(why)
-        )
+    elif silent or lacking:
+        why = [f"{silent} without an audio track"] * bool(silent)
+        why += [f"{lacking} with sound but without the teacher's vectors"] * bool(lacking)
+        say(f"soft-ALBEF aligns {usable.sum()} of {clips}, and leaves out {' and '.join(why)}")
+
+
+def _has(number: int) -> str:
+    return "has" if number == 1 else "have"
 
 
 def _prepare_demo(config: dict[str, Any]) -> None:

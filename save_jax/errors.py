@@ -81,10 +81,17 @@ class NonFiniteLossError(Exception):
     """Training broke down: a loss or a gradient is not finite. Entry points exit with code 1."""
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """Returns the known word that a mistyped one most likely means, in any case; "" for none."""
+    lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), lower, 1)
+    return lower[found[0]] if found else ""
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Formats a question that names the one of `known` nearest to `found`; "" if none is near."""
-    near = difflib.get_close_matches(found, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = closest(found, known)
+    return f" Did you mean {near}?" if near else ""
 
 
 def is_outage(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
 from save_jax.models import save
 from save_jax.parameters import Parameters, Structure
-from save_jax.progress import Progress, Writer, say
+from save_jax.progress import Progress, Writer, counted, say
 from save_jax.similarity import normalise, similarity
 
 CAPTIONS_AT_ONCE, VIDEOS_AT_ONCE = 512, 2048  # a tile of the similarity matrix on the device
@@ -182,6 +182,24 @@ def _write_csv(path: files.Path, columns: Sequence[str], rows: Iterable[Sequence
     files.write(path, text.getvalue())
 
 
+def results_at(workdir: files.Path, step: int, subset: str = "") -> files.Path:
+    """Returns where an evaluation's results go: evaluation/STEP or evaluation/STEP/SUBSET."""
+    return workdir / "evaluation" / str(step) / subset
+
+
+def announce(
+    data: EvaluationSet, source: str, step: int, workdir: files.Path, subset: str
+) -> files.Path:
+    """Says what is about to be evaluated, on what, and where the results go; returns the latter."""
+    results = results_at(workdir, step, subset)
+    say(
+        f"evaluating checkpoint {source} (step {step}) on the split {data.split!r}: "
+        f"{counted(len(data.captions), 'caption')}, {counted(len(data.video_ids), 'video')}; "
+        f"the results go to {results}"
+    )
+    return results
+
+
 def run_evaluation(
     params: Parameters,
     step: int,
@@ -210,7 +228,7 @@ def run_evaluation(
     facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
     result: dict[str, Any] = {"step": step, "protocol": facts, **result}
     if jax.process_index() == 0:
-        write(workdir / "evaluation" / str(step) / subset, data, scores, result)
+        write(results_at(workdir, step, subset), data, scores, result)
     name = f"eval/{subset}" if subset else "eval"
     writer.write_scalars(
         step,
@@ -221,7 +239,8 @@ def run_evaluation(
         },
     )
     say(
-        f"\n{data.split}: {len(data.captions)} captions, {len(data.video_ids)} videos, "
+        f"\n{data.split}: {counted(len(data.captions), 'caption')}, "
+        f"{counted(len(data.video_ids), 'video')}, "
         f"{selection}\n{metrics.table(result)}\n"
     )
     return result

@@ -145,6 +145,7 @@ def _evaluate(
     structure, params, step, source = resume.evaluated_parameters(
         config, workdir, model, mesh, trust_archive
     )
+    where = evaluate.announce(evaluation, source, step, workdir, recorded.subset(config, workdir))
     splits.use_cache(params, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
@@ -162,6 +163,7 @@ def _evaluate(
             source=source.removeprefix(f"{workdir}/"),
             subset=recorded.subset(config, workdir),
         )
+    progress.say(f"the results are in {where}")
     return True
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from save_jax.progress import counted
+
 Metrics = dict[str, float]
 
 
@@ -96,7 +98,8 @@ def table(metrics: dict) -> str:
     columns = ("R1", "R5", "R10", "MdR", "MnR", "SumR")
     rows = [("text → video", metrics["t2v"]), ("video → text", metrics["v2t"])]
     rows += [
-        (f"  {name} ({g['queries']} queries)", g["t2v"]) for name, g in metrics["groups"].items()
+        (f"  {name} ({counted(g['queries'], 'query')})", g["t2v"])
+        for name, g in metrics["groups"].items()
     ]
     width = max(len(label) for label, _ in rows) + 2
     lines = [" " * width + "".join(f"{c:>8}" for c in columns)]

@@ -12,12 +12,13 @@ from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
 from save_jax.optimizer import OptimizerConfig
 from save_jax.parameters import Parameters, Structure
-from save_jax.progress import say
+from save_jax.progress import say, warn
 
 # Keys that may change when a run is resumed: they do not touch its result.
 FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
 FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
 
+FROM_SCRATCH = 1e-5  # a lower peak rate is one for pretrained weights, or 0
 RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
 
 
@@ -130,7 +131,22 @@ def initial_state(
         state = state._replace(trained=trained, frozen=frozen)
     else:
         say(RANDOM.format(seed=config["seed"]))
+        _warn_of_slow_encoders(model, rates)
     return structure, state, step
+
+
+def _warn_of_slow_encoders(model: SAVEConfig, rates: OptimizerConfig) -> None:
+    """Warns where random encoders would hardly learn: at rates for pretrained ones, or frozen."""
+    groups = ("clip", "clip_stem", "ast") if model.sound_weight else ("clip", "clip_stem")
+    slow = [group for group in groups if rates.rate(group) < FROM_SCRATCH]
+    if slow:
+        warn(
+            "the encoders start at random and hardly learn: "
+            + ", ".join(f"config.optimizer.{group} = {rates.rate(group):g}" for group in slow)
+            + f" ({'rates' if len(slow) > 1 else 'a rate'} for pretrained weights; 0 is frozen). "
+            "Give pretrained weights, --config.init_from=clip=FILE,ast=FILE, or train from scratch "
+            "with rates as in configs/demo.py"
+        )
 
 
 def evaluated_parameters(

@@ -85,6 +85,25 @@ def test_an_unknown_model(name):
         CONFIGS[name].get_config("nosuch")
 
 
+def test_an_encoder_is_a_variant_or_sizes_and_either_can_become_the_other():
+    config = base.get_config()
+    config.model.clip = {"image_size": 64, "vision_layers": 2}
+    config.model.update({"ast": {"layers": 2}})
+    assert isinstance(config.model, ConfigDict) and config.model.clip.image_size == 64
+    model = configuration.model_config(config.to_dict(), [])
+    assert (model.clip.image_size, model.clip.vision_layers, model.ast.layers) == (64, 2, 2)
+    assert model.clip.text_layers == SAVEConfig().clip.text_layers
+    config.model.clip = "ViT-B/16"
+    assert configuration.model_config(config.to_dict(), []).clip.patch_size == 16
+    config.model.clip = {"imagesize": 64}
+    with pytest.raises(UserError, match=r"config\.model\.clip has no field imagesize; it has"):
+        configuration.model_config(config.to_dict(), [])
+    with pytest.raises(TypeError):
+        config.model.clip = 3
+    with pytest.raises(TypeError):
+        config.model.frame_positions = {"image_size": 64}
+
+
 def test_the_base_has_the_defaults_of_the_code():
     """So that a key which a run's config.json lacks means one thing."""
     plain = base.get_config().to_dict()

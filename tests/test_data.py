@@ -21,8 +21,8 @@ from tests.support import caching, miniatures
         (
             4,
             "warning: soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
-            "5 clips in the split 'train' there are 1 without an audio track and 4 with sound but "
-            "without the teacher's vectors. ",
+            "5 clips in the split 'train', 1 has no audio track and 4 have sound but not the "
+            "teacher's vectors. ",
             "",
         ),
     ],

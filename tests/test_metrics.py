@@ -77,7 +77,7 @@ def test_groups():
     assert result["groups"]["sound"] == {"queries": 1, "t2v": metrics.summarise(np.array([2]))}
     assert result["t2v"]["R1"] == 50
     table = metrics.table(result)
-    assert "speech (2 queries)" in table and "sound (1 queries)" in table
+    assert "speech (2 queries)" in table and "sound (1 query)" in table
 
 
 def test_without_groups():

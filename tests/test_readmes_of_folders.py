@@ -96,7 +96,8 @@ def _is_in_script(text: str, flag: str) -> bool:
 
 
 def test_the_commands_of_the_folders_exist():
-    found = [(path, words) for path in READMES for words in commands(path)]
+    pages = [ROOT / "README.md", *READMES]
+    found = [(path, words) for path in pages for words in commands(path)]
     ours = [words for _, words in found if {"-m"} & set(words)]
     assert len(ours) >= 15, "are the commands still in console blocks?"
     for path, words in found:
@@ -133,6 +134,10 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in map(slug, headings), f"{target}: no such heading"
+
+
+def test_the_readme_is_read_in_one_go():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
 
 
 def test_each_equation_is_where_the_table_says():

@@ -103,6 +103,11 @@ def find_target(name: str) -> Target:
 
 
 def _tpu_devices(kind: str, shape: str) -> list[jax.Device]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+        raise UserError(
+            f"--topology={kind}:{shape}: expected {kind}: and the chips along each axis, such as "
+            f"{CHIPS[kind].shapes}"
+        )
     if not importlib.util.find_spec("libtpu"):
         raise UserError(
             "compiling for a TPU needs the package libtpu (Linux on x86-64). In a clone of the "

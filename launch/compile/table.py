@@ -7,8 +7,8 @@ from typing import Any
 from launch.compile import hlo, roofline
 from launch.compile.program import Measured, Target
 from launch.compile.roofline import GIB
-from launch.sweep import points
 from save_jax import sharding
+from save_jax.progress import counted
 
 
 def table(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:
@@ -16,9 +16,9 @@ def table(config: dict[str, Any], target: Target, measured: dict[str, Measured])
     room = f" of {target.chip.memory / GIB:g}" if target.chip else ""
     mesh = ", ".join(f"{name} {n}" for name, n in _mesh(config, target).items())
     lines = [
-        f"{target.name}: {points.counted(len(target.devices), 'device')} "
+        f"{target.name}: {counted(len(target.devices), 'device')} "
         f"({target.devices[0].device_kind}; {mesh}), {config['dtype']}, "
-        f"{points.counted(config['batch_size'], 'clip')} per training step, "
+        f"{counted(config['batch_size'], 'clip')} per training step, "
         f"{config['eval_batch_size']} per evaluation batch",
         "",
         f"{'per device':28}" + "".join(f"{name:>20}" for name in measured),
@@ -53,7 +53,7 @@ def table(config: dict[str, Any], target: Target, measured: dict[str, Measured])
     loops = sum(m.unknown_loops for m in measured.values())
     if loops:
         verb = "is" if loops == 1 else "are"
-        lines.append(f"{points.counted(loops, 'loop')} of unknown length {verb} counted once")
+        lines.append(f"{counted(loops, 'loop')} of unknown length {verb} counted once")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from launch.report import runs
 from save_jax import files
 from save_jax.arguments import ArgumentParser
-from save_jax.errors import EXIT_CODES, UserError, exit_codes
+from save_jax.errors import EXIT_CODES, UserError, closest, exit_codes
 from save_jax.recorded import flatten
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
@@ -69,9 +69,12 @@ def ordered(found: list[runs.Run], name: str) -> list[runs.Run]:
         groups = dict.fromkeys(
             group for run in found if run.evaluation for group in run.evaluation.get("groups", {})
         )
+        of = ("", "v2t/", *(f"{group}/" for group in groups))
+        near = closest(name, [f"{where}{key}" for where in of for key in METRICS])
         raise UserError(
-            f"--metric={name}: no run has it. Expected one of {', '.join(METRICS)}, alone or with "
-            f"a direction or query group: {', '.join(f'{of}/R1' for of in ('v2t', *groups))}"
+            f"--metric={name}: no run has it{f'; did you mean {near}?' if near else '.'} "
+            f"Expected one of {', '.join(METRICS)}, alone or with a direction or query group: "
+            f"{', '.join(f'{of}/R1' for of in ('v2t', *groups))}"
         )
     sign = 1 if name.split("/")[-1] in RANKS else -1
 
@@ -218,6 +221,17 @@ def is_logarithmic(values: set[float]) -> bool:
     return min(values) > 0 and max(values) >= 10 * min(values)
 
 
+def _check_key(found: list[runs.Run], key: str) -> None:
+    """Raises UserError for a --x that is in no run's config."""
+    keys = dict.fromkeys(name for run in found for name in flatten(run.config))
+    if key and key not in keys:
+        near = closest(key, keys)
+        raise UserError(
+            f"--x={key}: the runs' config has no key {key!r}"
+            + (f": did you mean {near!r}?" if near else "; configs/base.py has the keys")
+        )
+
+
 def _cell(value: Any, column: str) -> str:
     if value is None:
         return ABSENT
@@ -257,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         directory = files.path(options.directory)
         found = ordered(runs.find(directory), options.metric)
+        _check_key(found, options.x)
         rows = table(found, directory, options.metric)
         print(as_text(rows))
         for run in found:

@@ -99,10 +99,16 @@ def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
     """Returns the metrics of a run's last evaluation.
 
     Raises:
-        UserError: the run has no evaluation, or it cannot be read.
+        UserError: there is no such run, it has no evaluation, or that cannot be read.
     """
     problems: list[str] = []
-    _, evaluation = _last_evaluation(epath.Path(workdir), problems)
+    workdir = epath.Path(workdir)
+    _, evaluation = _last_evaluation(workdir, problems)
+    if evaluation is None and not workdir.is_dir():
+        raise UserError(
+            f"{workdir} {'is not a directory' if workdir.exists() else 'does not exist'}: expected "
+            "the --workdir of a run that has evaluated (python -m save_jax.main)"
+        )
     if evaluation is None:
         raise UserError(
             "; ".join(problems)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from launch.report import runs
 from launch.sweep import points
 from save_jax.errors import UserError
-from save_jax.progress import duration
+from save_jax.progress import counted, duration
 
 POLL = 0.2  # seconds
 REPORT_EVERY = 30.0  # seconds between progress lines while no point ends
@@ -166,7 +166,7 @@ class Runner:
                 if self._passed_on == 1
                 else "killed"
             )
-            running = points.counted(len(self._running), "running point")
+            running = counted(len(self._running), "running point")
             self._say(f"{self._signals[self._passed_on - 1]}: {running} {what}")
 
     def _start(self, name: str) -> None:
@@ -251,7 +251,7 @@ class Runner:
     def _summarise(self) -> int:
         left = len(self._waiting) + len(self._unfinished)
         took = duration(time.monotonic() - self._started)
-        total = points.counted(len(self._sweep.points), "point")
+        total = counted(len(self._sweep.points), "point")
         print(
             f"{self._complete} of {total} complete after {took}"
             + (f", {left} not finished: run the same command again" if left else "")

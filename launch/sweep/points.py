@@ -13,6 +13,7 @@ from etils import epath
 from launch.report import runs
 from save_jax import config as configuration
 from save_jax.errors import UserError
+from save_jax.progress import counted
 
 LONGEST_NAME = 100  # characters; file systems stop at 255, terminals earlier
 
@@ -182,8 +183,3 @@ def headline(sweep: Sweep, names: Sequence[str], how: str) -> str:
         f"{sweep.config}: {counted(len(sweep.points), 'point')} in {sweep.workdir}, {complete} "
         f"complete; {len(names)} to run, {how}"
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """Formats a number and its noun: "1 point", "2 points"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -32,8 +32,13 @@ def test_an_absent_directory(tmp_path):
 
 
 def test_another_recipe(prepared):
-    with pytest.raises(UserError, match="image_size: wanted 224, prepared with 32"):
-        splits.open_split(str(prepared), "msrvtt", "9k", "train", {"image_size": 224})
+    wanted = {"image_size": 224, "max_frames": 12, "mel_bins": 128, "fbank_frames": 64}
+    with pytest.raises(UserError, match="image_size: wanted 224, prepared with 32") as caught:
+        splits.open_split(str(prepared), "msrvtt", "9k", "train", wanted)
+    message = str(caught.value)
+    assert "--image_size=224 --max_frames=12 --fbank_frames=64" in message
+    assert "config.model.clip.image_size = 32, config.data.max_frames = 4" in message
+    assert "config.model.ast" not in message and "configs/README.md" in message
 
 
 def test_an_absent_split(prepared):

@@ -47,6 +47,14 @@ def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
     assert f"error: {tmp_path} holds no evaluation" in capsys.readouterr().err
 
 
+def test_a_path_that_leads_nowhere_is_not_a_run_without_an_evaluation(tmp_path, capsys):
+    assert compare.main([str(tmp_path / "nosuch")]) == 2
+    assert f"error: {tmp_path / 'nosuch'} does not exist" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert compare.main([str(tmp_path / "file")]) == 2
+    assert f"error: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
 def test_runs_in_a_bucket(tmp_path, capsys):
     evaluation(tmp_path / "a", 10, 30.0, {})
     object_store.register().put(str(tmp_path), "gs://bucket/runs", recursive=True)

@@ -1,12 +1,15 @@
 """The command line: weights in, weights out, and the same bits again."""
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +78,24 @@ def test_export_then_import_is_exact(form, tmp_path):
         assert again.keys() == ours.keys()
         for name, value in ours.items():
             np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_an_export_of_a_run_warns_of_nothing(tmp_path, caplog, capfd):
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "run")) as checkpoints:
+        ours = jax.tree.map(jnp.asarray, ours_at_random())
+        checkpoints.save(checkpoint.TrainState(jnp.int32(40), ours, {}, ()), 40, None)
+    file = tmp_path / "file"
+    absl = logging.getLogger("absl")
+    absl.addHandler(caplog.handler)
+    level = absl.level
+    absl.setLevel(logging.WARNING)  # as in a new process; save_jax.main lets errors through alone
+    try:
+        assert run("export", tmp_path / "run", "--format=safetensors", f"--out={file}") == 0
+    finally:
+        absl.removeHandler(caplog.handler)
+        absl.setLevel(level)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert capfd.readouterr().err == ""
 
 
 def test_dtypes_of_an_export(tmp_path, capsys):

@@ -256,6 +256,8 @@ def test_exit_codes_and_the_table_of_several(config_file, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--topology=v9:2x2"], "expected a TPU slice (v4:2x2x1"),
+        (["--topology=v5e:2by4"], "expected v5e: and the chips along each axis, such as v5e:1x1,"),
+        (["--topology=v5e"], "v5e:2x4"),
         (["--topology=cpu:none"], "cpu:N, gpu:N, or here"),
         (["--topology=cpu:64"], "expected at most 8"),
         (["--topology=gpu:8"], "JAX finds no gpu here"),

@@ -231,7 +231,10 @@ def test_values_that_span_a_decade_want_a_log_axis():
     ("arguments", "message"),
     [
         (["--metric=R7"], "--metric=R7: no run has it. Expected one of SumR, R1"),
-        (["--plot=x.svg", "--x=nokey"], "no run has both SumR and config.nokey"),
+        (["--metric=sumr"], "--metric=sumr: no run has it; did you mean SumR?"),
+        (["--metric=v2t/r1"], "--metric=v2t/r1: no run has it; did you mean v2t/R1?"),
+        (["--plot=x.svg", "--x=optimizer.nw"], "has no key 'optimizer.nw': did you mean 'optim"),
+        (["--x=nokey"], "--x=nokey: the runs' config has no key 'nokey'"),
         (["--plot=x.nope"], "--plot=x.nope"),
         (["--csv=/nowhere/x.csv"], "/nowhere/x.csv"),
     ],
