@@ -85,7 +85,7 @@ def _train(
     # ----------------------------------------------------------------------------------- data
     splits = open_splits(config)
     evaluation, training = splits.evaluation(), splits.training()
-    resume.check_same_data(splits.contents(), workdir)
+    resume.check_same_data(contents := splits.contents(), workdir)
     plan = Plan.of(config, training.steps_per_epoch)
 
     # ---------------------------------------------------------------------------------- state
@@ -98,7 +98,7 @@ def _train(
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
         if jax.process_index() == 0:
-            recorded.write(config, workdir, splits.contents())
+            recorded.write(config, workdir, contents)
         writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train
@@ -189,10 +189,7 @@ def main(argv: list[str]) -> int:
     cli.join_processes(line.flags)
     with distributed.exit_if_peer_lost():
         complete = run(
-            line.config,
-            workdir,
-            trust_archive=line.flags.trust_archive,
-            explicit=line.explicit,
+            line.config, workdir, trust_archive=line.flags.trust_archive, explicit=line.explicit
         )
     return 0 if complete else os.EX_TEMPFAIL
 
