@@ -308,7 +308,13 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
         raise _unreadable(checkpoint, error) from error
 
 
+def _silence_asyncio() -> None:
+    """Keeps asyncio from printing a traceback for each other array that failed in the same way."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageError:
+    _silence_asyncio()
     if is_outage(error):
         return OutageError(
             f"{checkpoint} cannot be read now: {error}. That is the fault of this machine, its "
@@ -333,8 +339,7 @@ def _writing(directory: files.Path) -> Generator[None, None, None]:
         yield
     except ValueError as error:  # orbax passes TensorStore's statuses on as these
         said = str(error)
-        # The other arrays failed in the same way, and asyncio would print a traceback for each.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        _silence_asyncio()
         if any(sign in said for sign in _FULL):
             message = "No space left on device for a checkpoint"
             raise OSError(errno.ENOSPC, message, str(directory)) from error

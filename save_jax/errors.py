@@ -163,12 +163,19 @@ def _interruptible() -> Generator[None, None, None]:
         before = {}
     ours = [n for n, handler in before.items() if handler in (_end_at_start, usual[n])]
     for number in ours:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
         for number in ours:
             signal.signal(number, usual[number])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # where JAX loses it
+        threading.Timer(0.1, signal.raise_signal, [number]).start()
+        return
+    raise KeyboardInterrupt
 
 
 def _silence_unread() -> bool:

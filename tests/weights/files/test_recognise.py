@@ -389,7 +389,7 @@ def test_a_checkpoint_with_damaged_arrays_is_refused(tmp_path):
     data = bytearray(largest.read_bytes())
     data[len(data) // 3 :] = bytes(len(data) - len(data) // 3)
     largest.write_bytes(data)
-    refused(tmp_path, "cannot be read, it is damaged|is not a complete checkpoint")
+    refused(tmp_path, "cannot be read: it is damaged|is not a complete checkpoint")
 
 
 class Malicious:
