@@ -59,7 +59,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ty check --python $(VENV) save_jax data_pipelines launch configs
 
 test: lint
-	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile
+	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/soak -m soak --capture=no -p no:xdist

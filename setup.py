@@ -65,7 +65,7 @@ TEST = [
     *SLURM,
     *PLOT,
     "pytest>=8,<10",
-    "pytest-xdist>=3.6,<4",  # one test process a core
+    "pytest-xdist>=3.7,<4",  # one test process a core
     "ruff>=0.14,<1",
     "ty==0.0.107",  # type checker: reads jaxtyping, 4 s for all; exact, for 0.0.x may add rules
     "beartype>=0.20,<1",  # checks the shapes in signatures during tests

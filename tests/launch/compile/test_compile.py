@@ -42,6 +42,8 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def libtpu_environment(monkeypatch):
     """What libtpu is told must not reach the processes that other tests start."""
+    jax.devices()  # the CPU's compiler has read its flags, some of which libtpu does not know
+    monkeypatch.setenv("XLA_FLAGS", "")
     for key, value in compile_.LIBTPU.items():
         monkeypatch.setenv(key, value)
 
