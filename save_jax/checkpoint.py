@@ -210,7 +210,7 @@ def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or "
-                f"damaged ({error})"
+                f"damaged ({_short(error)})"
             ) from error
 
 
@@ -308,6 +308,11 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
         raise _unreadable(checkpoint, error) from error
 
 
+def _short(error: Exception) -> str:
+    """Returns what TensorStore says, without its specification of the store."""
+    return str(error).partition(" [")[0][:300]
+
+
 def _silence_asyncio() -> None:
     """Keeps asyncio from printing a traceback for each other array that failed in the same way."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -322,8 +327,8 @@ def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageE
             "resumes."
         )
     return UserError(
-        f"{checkpoint} cannot be read: it is damaged, or this user may not read it: {error}. "
-        "Remove a damaged one to resume from the one before."
+        f"{checkpoint} cannot be read: it is damaged, or this user may not read it: "
+        f"{_short(error)}. Remove a damaged one to resume from the one before."
     )
 
 

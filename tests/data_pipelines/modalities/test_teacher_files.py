@@ -95,5 +95,5 @@ def test_an_absent_file(tmp_path):
 def test_without_torch(tmp_path, monkeypatch):
     (tmp_path / "v.pt").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="pip install torch"):
+    with pytest.raises(UserError, match=r"pip install -e .*weights"):
         read_vector(tmp_path / "v.pt", 8)

@@ -574,7 +574,7 @@ class _Response:
 
 
 def test_openais_names_say_where_the_file_is():
-    with pytest.raises(UserError, match=r"40d365715913c9da.*/ViT-B-32\.pt and give the file"):
+    with pytest.raises(UserError, match=r"40d365715913c9da.*/ViT-B-32\.pt and give the path"):
         load("ViT-B/32")
     with pytest.raises(UserError, match=r"3035c92b350959924f.*/ViT-L-14-336px\.pt"):
         load("ViT-L/14@336px")
