@@ -207,7 +207,9 @@ def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         try:
             return handler.metadata(epath.Path(checkpoint) / "default").tree
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if _is_failing(error) or isinstance(error, PermissionError):
+                raise _unreadable(checkpoint, error) from error
             raise UserError(
                 f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or "
                 f"damaged ({_short(error)})"
@@ -308,6 +310,11 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
         raise _unreadable(checkpoint, error) from error
 
 
+def _is_failing(error: Exception) -> bool:
+    """Whether the machine, its network or a store fails, and the checkpoint may well be sound."""
+    return is_outage(error) or any(sign in str(error) for sign in _FAILING)
+
+
 def _short(error: Exception) -> str:
     """Returns what TensorStore says, without its specification of the store."""
     return str(error).partition(" [")[0][:300]
@@ -320,10 +327,10 @@ def _silence_asyncio() -> None:
 
 def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageError:
     _silence_asyncio()
-    if is_outage(error):
+    if _is_failing(error):
         return OutageError(
-            f"{checkpoint} cannot be read now: {error}. That is the fault of this machine, its "
-            "network or a store, not of the checkpoint: when it works again, the same command "
+            f"{checkpoint} cannot be read now: {_short(error)}. That is the fault of this machine, "
+            "its network or a store, not of the checkpoint: when it works again, the same command "
             "resumes."
         )
     return UserError(
@@ -344,13 +351,14 @@ def _writing(directory: files.Path) -> Generator[None, None, None]:
         yield
     except ValueError as error:  # orbax passes TensorStore's statuses on as these
         said = str(error)
-        _silence_asyncio()
+        if any(sign in said for sign in (*_FULL, *_FAILING)):
+            _silence_asyncio()
         if any(sign in said for sign in _FULL):
             message = "No space left on device for a checkpoint"
             raise OSError(errno.ENOSPC, message, str(directory)) from error
-        if any(sign in said for sign in _FAILING):
+        if _is_failing(error):
             raise OutageError(
-                f"{directory}: a checkpoint could not be written: {said.splitlines()[0]}. That is "
+                f"{directory}: a checkpoint could not be written: {_short(error)}. That is "
                 "the fault of this machine, its network or a store: when it works again, run the "
                 "same command again to resume."
             ) from error

@@ -248,7 +248,9 @@ def run_evaluation(
 
 def _is_own(result: dict[str, Any], split: str) -> bool:
     own = {"checkpoint": f"{DIRECTORY}/{result['step']}", "split": split}
-    return all(result["protocol"][key] == value for key, value in own.items())
+    # What an evaluation of an earlier version does not say counts as the run's own.
+    said = result.get("protocol", {})
+    return all(said.get(key, value) == value for key, value in own.items())
 
 
 def summarise(workdir: files.Path, split: str) -> None:

@@ -120,13 +120,26 @@ def test_damaged_arrays_are_named(workdir, tmp_path, read):
         read(tmp_path, program(RATES, 1)[1])
 
 
-def test_a_disk_that_fails_is_not_called_damage(workdir, monkeypatch):
+@pytest.mark.parametrize(
+    "reader",
+    [checkpoint.ocp.PyTreeCheckpointer, checkpoint.ocp.StandardCheckpointHandler],
+    ids=["arrays", "list of arrays"],
+)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), "Stale"),
+        (ValueError("UNAVAILABLE: the store does not answer [spec='{}']"), "does not answer"),
+    ],
+)
+def test_a_disk_or_store_that_fails_is_not_called_damage(workdir, monkeypatch, reader, error, said):
     """Its advice to remove the checkpoint would lose it."""
 
     def fail(*_, **__):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        raise error
 
     state = program(RATES, 1)[1]
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", fail)
-    with pytest.raises(OutageError, match=r"checkpoints/7 cannot be read now: .*Stale"):
+    name = "restore" if reader is checkpoint.ocp.PyTreeCheckpointer else "metadata"
+    monkeypatch.setattr(reader, name, fail)
+    with pytest.raises(OutageError, match=rf"checkpoints/7 cannot be read now: .*{said}"):
         checkpoint.load_parameters(workdir, everything(state))

@@ -315,3 +315,15 @@ def test_evaluations_of_something_else_are_no_part_of_the_summary(tmp_path, caps
     evaluate.summarise(tmp_path, "test")
     said = capsys.readouterr().out
     assert "last step (5)" in said and "250.0" not in said and "best of" not in said
+
+
+def test_evaluations_of_an_earlier_version_are_summarised(tmp_path, capsys):
+    """They say neither their checkpoint nor, the oldest, their protocol."""
+    for step, protocol in ((5, {}), (10, {"protocol": {"split": "test"}})):
+        scores = {"R1": 1.0, "R5": 2.0, "R10": 3.0, "MdR": 4.0, "MnR": 5.0, "SumR": 6.0 * step}
+        result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}, **protocol}
+        folder = tmp_path / "evaluation" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(result))
+    evaluate.summarise(tmp_path, "test")
+    assert "last step (10)" in capsys.readouterr().out
