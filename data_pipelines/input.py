@@ -16,9 +16,9 @@ from array_record.python import array_record_data_source
 
 from data_pipelines.recipe import Recipe
 from data_pipelines.splits import Split, caption_table
-from data_pipelines.tables import counted
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.messages import counted
 from save_jax.tokenizer import Tokenizer
 
 # TensorFlow only reads and decodes here, but would reserve the whole GPU when it is first used. If

@@ -33,9 +33,10 @@ from data_pipelines.preparation import (
 )
 from data_pipelines.prepared import metadata, prepared_by
 from data_pipelines.recipe import Recipe, version_directory
-from data_pipelines.tables import counted, of_teacher, table
+from data_pipelines.tables import of_teacher, table
 from save_jax.arguments import ArgumentParser
 from save_jax.errors import UserError, exit_codes
+from save_jax.messages import counted
 
 _RECIPE_FLAGS = ("image_size", "max_frames", "frames_per_second", "fbank_frames", "encoding")
 

@@ -14,9 +14,9 @@ from etils import epath
 from data_pipelines import datasets, outages
 from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.transcripts import read_asr
-from data_pipelines.tables import counted
 from save_jax import locks
 from save_jax.errors import UserError
+from save_jax.messages import counted
 
 
 class Speech(NamedTuple):

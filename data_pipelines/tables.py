@@ -1,11 +1,6 @@
 """Formats counts as text."""
 
 
-def counted(number: int, noun: str) -> str:
-    """Formats a number with its noun: "1 clip", "2 clips"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def of_teacher(columns: str) -> str:
     """Formats what columns about the teacher's vectors are about."""
     return f"{columns}: ImageBind's vectors of a clip, for one loss, which skips clips without them"

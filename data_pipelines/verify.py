@@ -21,9 +21,10 @@ from data_pipelines.modalities import teacher, teacher_files
 from data_pipelines.modalities.transcripts import read_asr
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
-from data_pipelines.tables import counted, of_teacher, table
+from data_pipelines.tables import of_teacher, table
 from save_jax.errors import UserError
 from save_jax.files import is_remote
+from save_jax.messages import counted
 
 _EXAMPLES = 3  # clips named per kind of fault
 _MOST_LINES = 8  # printed about what stops training

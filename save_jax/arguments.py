@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from save_jax.errors import UserError, did_you_mean
+from save_jax.errors import UserError
+from save_jax.messages import did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -17,7 +17,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from save_jax import files
-from save_jax.errors import UserError, closest
+from save_jax.errors import UserError
+from save_jax.messages import closest
 from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig

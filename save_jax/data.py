@@ -13,8 +13,9 @@ from save_jax import cache, evaluate, optimizer, recorded, train
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.messages import counted
 from save_jax.parameters import Parameters
-from save_jax.progress import counted, say, warn
+from save_jax.progress import say, warn
 
 SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was prepared anew
 

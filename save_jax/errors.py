@@ -1,7 +1,6 @@
 """The exceptions whose messages say all that a user needs, and their exit codes."""
 
 import contextlib
-import difflib
 import errno
 import functools
 import os
@@ -9,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import ParamSpec
 
@@ -33,6 +32,8 @@ _OF_THE_PATH = frozenset(
         errno.EROFS,
     }
 )
+# What the system says of a program that misuses it: a fault of ours, whose traceback is wanted.
+_OF_THE_PROGRAM = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH, errno.ENOTTY})
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # Whose exceptions say that a store or the network fails, whatever they derive from.
 _NETWORK = (
@@ -79,19 +80,6 @@ class OutageError(Exception):
 
 class NonFiniteLossError(Exception):
     """Training broke down: a loss or a gradient is not finite. Entry points exit with code 1."""
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """Returns the known word that a mistyped one most likely means, in any case; "" for none."""
-    lower = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), lower, 1)
-    return lower[found[0]] if found else ""
-
-
-def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """Formats a question that names the one of `known` nearest to `found`; "" if none is near."""
-    near = closest(found, known)
-    return f" Did you mean {near}?" if near else ""
 
 
 def is_outage(error: BaseException) -> bool:
@@ -141,7 +129,8 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 message = f"{error}. Make room there, and run the same command again to resume."
                 return _end("error", message, 2)
-            if not is_outage(error) or isinstance(error, MemoryError):
+            ours = isinstance(error, OSError) and error.errno in _OF_THE_PROGRAM
+            if ours or not is_outage(error) or isinstance(error, MemoryError):
                 raise
             message = (
                 f"{error}. That is the fault of this machine, its network or a store: when it "

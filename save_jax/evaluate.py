@@ -13,9 +13,10 @@ import numpy as np
 from save_jax import files, metrics, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
+from save_jax.messages import counted
 from save_jax.models import save
 from save_jax.parameters import Parameters, Structure
-from save_jax.progress import Progress, Writer, counted, say
+from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
 
 CAPTIONS_AT_ONCE, VIDEOS_AT_ONCE = 512, 2048  # a tile of the similarity matrix on the device

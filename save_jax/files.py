@@ -130,7 +130,7 @@ def appearing(where: Path, *, fsync: bool = True) -> Generator[pathlib.Path, Non
     temporary = folder / f".{where.name}.{uuid.uuid4().hex}.tmp"
     aside = folder / f".{where.name}.replaced"
     if not remote:
-        _remove_leftovers(folder)
+        _remove_old_leftovers(folder)
         _finish_replacing(where, aside)
     renamed = False
     try:
@@ -166,13 +166,22 @@ def _finish_replacing(where: Path, aside: pathlib.Path) -> None:
 
 
 @functools.cache  # once in each folder, as listing one of many files takes a while
-def _remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes what processes that were killed a day ago or earlier were writing to a folder."""
+def _remove_old_leftovers(folder: pathlib.Path) -> None:
+    remove_leftovers(folder, older_than=_LEFT_AFTER)
+
+
+def remove_leftovers(folder: pathlib.Path, older_than: int) -> None:
+    """Removes what processes that were killed were writing to a folder.
+
+    Args:
+        folder: the folder; one that is not there has none.
+        older_than: seconds since it was last written to; 0 is for whoever holds the folder's lock.
+    """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):
                 written = entry.stat(follow_symlinks=False).st_mtime
-                if time.time() - written > _LEFT_AFTER:
+                if time.time() - written >= older_than:
                     _remove(pathlib.Path(entry.path))
 
 

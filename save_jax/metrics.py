@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from save_jax.progress import counted
+from save_jax.messages import counted
 
 Metrics = dict[str, float]
 

@@ -24,13 +24,6 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def counted(number: int, noun: str) -> str:
-    """Formats a number and its noun: "1 point", "2 points", "1 query", "2 queries"."""
-    if number == 1:
-        return f"{number} {noun}"
-    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
-
-
 class Progress:
     """A line now and then for work that takes longer than a few seconds; silent otherwise."""
 

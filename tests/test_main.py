@@ -221,7 +221,9 @@ def test_a_machine_that_fails_is_one_message(monkeypatch, capsys, run, error, co
     assert re.match(said, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no", "a"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "no"), OSError(errno.EBADF, "bad"), MemoryError()]
+)
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
     def fail(*arguments):
         raise error

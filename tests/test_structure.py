@@ -14,7 +14,7 @@ ALWAYS = {
     "configs": ("save_jax", "data_pipelines"),
     "data_pipelines": tuple(
         f"save_jax.{name}"
-        for name in ("arguments", "batch", "errors", "files", "locks", "tokenizer")
+        for name in ("arguments", "batch", "errors", "files", "locks", "messages", "tokenizer")
     ),
     "launch": ("save_jax", "data_pipelines", "configs"),
 }

@@ -16,7 +16,8 @@ from etils import epath
 
 from data_pipelines import outages
 from data_pipelines.datasets.types import Problem
-from save_jax.errors import UserError, did_you_mean
+from save_jax.errors import UserError
+from save_jax.messages import did_you_mean
 
 Row = tuple[int, dict[str, str]]  # the line it begins in, from 1, and its cells by column
 

@@ -11,7 +11,8 @@ import unicodedata
 from data_pipelines import outages
 from data_pipelines.datasets import annotations, layout
 from data_pipelines.datasets.types import Annotations, Problem
-from save_jax.errors import UserError, did_you_mean
+from save_jax.errors import UserError
+from save_jax.messages import did_you_mean
 
 VARIANTS = ("default",)
 RECIPE: dict[str, int] = {}

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from data_pipelines import outages
 from data_pipelines.datasets import annotations
 from data_pipelines.datasets.types import Annotations, Clip, Problem
-from data_pipelines.tables import counted
 from save_jax.errors import UserError
 from save_jax.files import is_remote
+from save_jax.messages import counted
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 

@@ -106,7 +106,7 @@ def _planned(
 def _complete(root: Path, identity: dict[str, int], clips: list[PlannedClip], workers: int) -> None:
     """Makes what is missing of a corpus that no other process writes to."""
     if not (root / MANIFEST).exists():  # first, so that root is recognised after an interruption
-        _write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
+        files.write(root / MANIFEST, json.dumps(identity, indent=1) + "\n")
     for folder in ("", *_clip_files("")):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for left in (root / folder).glob(".*.tmp"):  # by processes that were killed
@@ -234,13 +234,13 @@ def _render(root: Path, seed: int, clip: PlannedClip) -> None:
         buffer = io.BytesIO()
         np.save(buffer, vector)
         # Without fsync, for speed: a file that a power cut leaves empty counts as absent.
-        _write(root / folder / f"{clip.video_id}.npy", buffer.getvalue(), fsync=False)
+        files.write(root / folder / f"{clip.video_id}.npy", buffer.getvalue(), fsync=False)
     rng = clip_rng(seed, clip, purpose=1)
     num_frames, wave = _audio(rng, clip)
     frames = scenes.draw(rng, clip.shape, clip.colour, clip.motion, num_frames)
     buffer = io.BytesIO()
     _encode(buffer, frames, wave)
-    _write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue(), fsync=False)
+    files.write(root / VIDEOS / f"{clip.video_id}.mp4", buffer.getvalue(), fsync=False)
 
 
 def _audio(rng: np.random.Generator, clip: PlannedClip) -> tuple[int, np.ndarray | None]:
@@ -319,7 +319,7 @@ def _encode(file: io.BytesIO, frames: np.ndarray, wave: np.ndarray | None) -> No
 
 def _write_annotations(root: Path, clips: list[PlannedClip]) -> None:
     asr = [{"key": f"{c.video_id}.mp4", "text": c.script} for c in clips if c.has_transcript]
-    _write(root / ASR, json.dumps(asr, indent=0) + "\n")
+    files.write(root / ASR, json.dumps(asr, indent=0) + "\n")
     _write_csv(
         root / ATTRIBUTES,
         _ATTRIBUTE_COLUMNS,
@@ -336,9 +336,4 @@ def _write_csv(path: Path, columns: Sequence[str], rows: list[tuple]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([columns, *rows])
-    _write(path, text.getvalue())
-
-
-def _write(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
-    """Writes a file that gets its name only once it is complete."""
-    files.write(path, content, fsync=fsync)
+    files.write(path, text.getvalue())

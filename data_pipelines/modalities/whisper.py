@@ -37,7 +37,8 @@ from data_pipelines.modalities.whisper_journal import (
 )
 from data_pipelines.pool import in_order
 from save_jax import locks
-from save_jax.errors import UserError, did_you_mean
+from save_jax.errors import UserError
+from save_jax.messages import did_you_mean
 
 # The possible results of a clip, in the order of the summary.
 SPEECH, NO_SPEECH, NO_AUDIO, UNREADABLE = "speech", "no speech", "no audio", "unreadable"

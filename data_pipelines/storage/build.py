@@ -21,9 +21,9 @@ from data_pipelines.recipe import Recipe
 from data_pipelines.sidecars import Sources
 from data_pipelines.storage import shards, tfds_format
 from data_pipelines.storage.shards import Note, Shard
-from data_pipelines.tables import counted
 from save_jax import files
 from save_jax.errors import UserError
+from save_jax.messages import counted
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from save_jax.errors import UserError
 DIRECTORY_VARIABLE = "SAVE_JAX_CACHE"
 
 _CHUNK = 8 * 2**20
-_DIGITS = 24  # of a version, in the name of its copy
 
 
 def local_copies(paths: Sequence[str]) -> list[str]:
@@ -72,15 +71,13 @@ def _copy_all(paths: Sequence[str], directory: pathlib.Path) -> list[str]:
         # The store's key of a file (its time, its checksum) changes when the file does.
         with outages.reaching(path):
             key = store.ukey(name)
-        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:_DIGITS]
+        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()[:24]
         copy = directory / f"{version}-{name.rpartition('/')[2]}"
         copies.append(os.fspath(copy))
         if not copy.exists():
             absent.append((store, name, path, copy))
     if absent:
-        version = "[0-9a-f]" * _DIGITS
-        for left in directory.glob(f".{version}-*.tmp"):  # left by processes that were killed
-            left.unlink(missing_ok=True)
+        files.remove_leftovers(directory, older_than=0)
         with outages.reaching(paths[0]):
             total = sum(store.size(name) for store, name, *_ in absent)
         with tqdm.tqdm(

@@ -21,8 +21,8 @@ from data_pipelines.datasets.types import Clip, Problem
 from data_pipelines.modalities.record import Record, read_records
 from data_pipelines.recipe import Recipe
 from data_pipelines.storage import tfds_format
-from data_pipelines.tables import counted
 from save_jax.files import is_remote
+from save_jax.messages import counted
 
 # Few clips per shard, so that an interruption costs little and many machines find work; but readers
 # keep all files of a split open, and a process may usually open 1,024.

@@ -16,49 +16,23 @@ from typing import Any
 
 import jax
 
-from launch.sweep import points
+from launch.benchmark import flags
 from save_jax import config as configuration
 from save_jax import sharding, train
 from save_jax.cache import build
 from save_jax.data import Splits
-from save_jax.errors import UserError
 
 FROZEN = {"clip": 0.0, "clip_stem": 0.0, "ast": 0.0}  # learning rates
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument(
-        "--config",
-        default="configs/msrvtt.py",
-        metavar="FILE",
-        help="a config file (default: %(default)s)",
-    )
+    flags.add_step_flags(parser, steps=2)
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="a prepared directory, like config.data.dir"
     )
     parser.add_argument(
-        "--batch",
-        type=int,
-        default=0,
-        metavar="N",
-        help="clips per step (default: batch_size of the config)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=2, metavar="N", help="steps per turn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--turns", type=int, default=3, metavar="N", help="turns of each way (default: %(default)s)"
-    )
-    parser.add_argument(
         "--dtype", default="float16", help="dtype of AST's cached states (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key; may be repeated",
     )
 
 
@@ -68,17 +42,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a flag or the config is wrong, or --data is not a prepared directory.
     """
-    if options.steps < 1 or options.turns < 1 or options.batch < 0:
-        raise UserError(
-            f"--steps={options.steps} --turns={options.turns} --batch={options.batch}: expected "
-            "--steps and --turns of at least 1, and --batch of at least 0"
-        )
-    overrides = [f"--config.{setting}" for setting in options.set]
-    overrides += [f"--config.optimizer.{group}={rate}" for group, rate in FROZEN.items()]
-    overrides.append(f"--config.data.dir={options.data}")
-    if options.batch:
-        overrides.append(f"--config.batch_size={options.batch}")
-    config = points.resolve(options.config, overrides)
+    frozen = [f"--config.optimizer.{group}={rate}" for group, rate in FROZEN.items()]
+    config = flags.config_of(options, [*frozen, f"--config.data.dir={options.data}"])
     with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-") as folder:
         started = time.monotonic()
         split = config["data"]["train_split"]

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.benchmark import flags
 from launch.compile import program, roofline
-from launch.sweep import points
 from save_jax import config as configuration
 from save_jax import sharding, train
 from save_jax.batch import Batch
@@ -41,25 +41,7 @@ TOTAL_STEPS = 1000  # of the schedule; its first steps are measured
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument(
-        "--config",
-        default="configs/msrvtt.py",
-        metavar="FILE",
-        help="a config file (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=0,
-        metavar="N",
-        help="clips per step (default: batch_size of the config)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3, metavar="N", help="steps per turn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--turns", type=int, default=3, metavar="N", help="turns of each way (default: %(default)s)"
-    )
+    flags.add_step_flags(parser, steps=3)
     parser.add_argument("--no_torch", action="store_true", help="do not measure PyTorch")
     parser.add_argument(
         "--reference",
@@ -67,13 +49,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=REFERENCE,
         metavar="FILE.py",
         help="SAVE in PyTorch (default: tests/support/reference.py of the clone)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key; may be repeated",
     )
 
 
@@ -83,15 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a flag or the config is wrong, or PyTorch or --reference is missing.
     """
-    if options.steps < 1 or options.turns < 1 or options.batch < 0:
-        raise UserError(
-            f"--steps={options.steps} --turns={options.turns} --batch={options.batch}: expected "
-            "--steps and --turns of at least 1, and --batch of at least 0"
-        )
-    overrides = [f"--config.{setting}" for setting in options.set]
-    if options.batch:
-        overrides.append(f"--config.batch_size={options.batch}")
-    config = points.resolve(options.config, overrides)
+    config = flags.config_of(options)
     configuration.set_matmul_precision(config)
     model = configuration.model_config(config)
     batch = random_batch(model, config)

@@ -8,7 +8,7 @@ from launch.compile import hlo, roofline
 from launch.compile.program import Measured, Target
 from launch.compile.roofline import GIB
 from save_jax import sharding
-from save_jax.progress import counted
+from save_jax.messages import counted
 
 
 def table(config: dict[str, Any], target: Target, measured: dict[str, Measured]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 from launch.report import runs
 from save_jax import files
 from save_jax.arguments import ArgumentParser
-from save_jax.errors import EXIT_CODES, UserError, closest, exit_codes
+from save_jax.errors import EXIT_CODES, UserError, exit_codes
+from save_jax.messages import closest
 from save_jax.recorded import flatten
 
 METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")

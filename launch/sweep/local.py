@@ -14,7 +14,8 @@ from typing import NamedTuple
 from launch.report import runs
 from launch.sweep import points
 from save_jax.errors import UserError
-from save_jax.progress import counted, duration
+from save_jax.messages import counted
+from save_jax.progress import duration
 
 POLL = 0.2  # seconds
 REPORT_EVERY = 30.0  # seconds between progress lines while no point ends

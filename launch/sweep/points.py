@@ -13,7 +13,7 @@ from etils import epath
 from launch.report import runs
 from save_jax import config as configuration
 from save_jax.errors import UserError
-from save_jax.progress import counted
+from save_jax.messages import counted
 
 LONGEST_NAME = 100  # characters; file systems stop at 255, terminals earlier
 

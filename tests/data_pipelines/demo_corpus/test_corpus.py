@@ -168,7 +168,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
 
 def test_a_complete_corpus_is_left_alone(copy, monkeypatch):
-    monkeypatch.setattr(corpus, "_write", lambda *_: pytest.fail("wrote to a complete corpus"))
+    monkeypatch.setattr(corpus.files, "write", lambda *_: pytest.fail("wrote to a complete corpus"))
     generate(copy, **SIZES)
 
 

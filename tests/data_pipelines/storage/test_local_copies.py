@@ -123,7 +123,7 @@ def test_where_no_lock_can_be_had_it_is_copied_nonetheless(bucket, monkeypatch, 
 def test_what_a_killed_process_left_is_removed(bucket, tmp_path):
     path = _pipe(bucket, "gs://copied/a", b"content")
     (copy,) = map(pathlib.Path, local_copies([path]))
-    left = copy.with_name(f".{copy.name}.0123.tmp")
+    left = copy.with_name(f".{copy.name}.{'0' * 32}.tmp")
     copy.rename(left)
     (tmp_path / "copies" / ".mine.tmp").touch()  # is not ours
     assert local_copies([path]) == [str(copy)] and not left.exists()
