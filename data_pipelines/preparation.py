@@ -126,17 +126,21 @@ def places(dataset: str, root: str | None, out: str | None) -> tuple[str, str]:
         root = os.path.join(out, "corpus")
     if not root:
         raise UserError(
-            f"expected --root=DIR, the folder of {dataset}'s files, found none."
+            f"expected --root=DIR, the folder of {_files_of(dataset)}, found none."
             + (" For the demo, --out=DIR is enough." if dataset == "demo" else "")
         )
     return root, out or os.path.join(root, "prepared")
+
+
+def _files_of(dataset: str) -> str:
+    return "your videos" if dataset == "folder" else f"{dataset}'s files"
 
 
 def check_root(dataset: str, root: str) -> None:
     """Raises UserError if the folder of a data set's files is not there, or is no folder."""
     if not outages.is_folder(root):
         found = " is a file, not a directory" if outages.exists(root) else ": no such directory"
-        raise UserError(f"--root={root}{found}. Give the folder of {dataset}'s files.")
+        raise UserError(f"--root={root}{found}. Give the folder of {_files_of(dataset)}.")
 
 
 def check_out(out: str) -> None:

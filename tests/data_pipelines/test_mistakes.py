@@ -89,6 +89,7 @@ def test_a_root_that_is_no_directory(videos, refused):
         assert f"--root={videos / 'none'}: no such directory" in message
         message = refused(*flags, root=videos / "clip0.mp4")
         assert f"--root={videos / 'clip0.mp4'} is a file, not a directory" in message
+        assert message.rstrip().endswith("Give the folder of your videos.")
 
 
 @pytest.mark.parametrize("below", ["", "/sub"])
