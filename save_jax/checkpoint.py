@@ -311,7 +311,7 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
 
 
 def _is_failing(error: Exception) -> bool:
-    """Whether the machine, its network or a store fails, and the checkpoint may well be sound."""
+    """Says whether the machine, its network or a store fails; the checkpoint may be sound."""
     return is_outage(error) or any(sign in str(error) for sign in _FAILING)
 
 

@@ -83,7 +83,7 @@ class NonFiniteLossError(Exception):
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an exception is the fault of the machine, its network or a store, not of a file."""
+    """Says whether an exception is the fault of the machine, network or store, not of a file."""
     if isinstance(error, OutageError | MemoryError):
         return True
     if isinstance(error, ABSENT):
@@ -168,7 +168,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _silence_unread() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more; it leads nowhere from here."""
+    """Says whether stdout or stderr is a pipe that nobody reads, and lets it lead nowhere."""
     silenced = False
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it is no file, or closed

@@ -32,7 +32,7 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also r
 
 
 def path(where: str | os.PathLike) -> Path:
-    """A path that can be read, written and listed, absolute where it is on a disk.
+    """Returns a path that can be read, written and listed, absolute where it is on a disk.
 
     Raises:
         UserError: the store cannot be reached from here: its name, its package, or who asks.
@@ -69,7 +69,7 @@ def unreachable(where: str | os.PathLike, error: Exception) -> UserError | Outag
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a store answers, but not to us: asking again would change nothing."""
+    """Says whether a store answers, but not to us: asking again would change nothing."""
     # The status of HTTP, as gcsfs, aiohttp, requests and botocore have it.
     response = getattr(error, "response", None)
     if isinstance(response, dict):
@@ -86,7 +86,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def is_remote(where: str | os.PathLike) -> bool:
-    """Whether a path names an object in a bucket, which is written as a whole or not at all."""
+    """Says whether a path is in a bucket, whose objects are written as a whole or not at all."""
     return "://" in os.fspath(where)
 
 

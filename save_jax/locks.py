@@ -92,7 +92,7 @@ def _warn_of_no_locks(path: str) -> None:
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether a path still names the file that was opened."""
+    """Says whether a path still names the file that was opened."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _lock(directory: Path, path: Path, holder: str, wait: bool) -> Generator[Non
 
 
 def _locked(directory: Path, path: Path, wait: bool) -> int:
-    """The descriptor of a directory's lock."""
+    """Returns the descriptor of a directory's lock."""
     left = _ATTEMPTS
     while True:
         left -= 1
@@ -203,7 +203,7 @@ def _lease(directory: Path, path: Path, holder: str, wait: bool) -> Generator[No
         write(path, json.dumps({"id": mine, "holder": holder, "beat": beat}))
 
     def take() -> bool:
-        """Whether it is ours now; False when another process has it that is alive."""
+        """Says whether it is ours now; False when another process has it that is alive."""
         nonlocal found
         found = read()
         if found:

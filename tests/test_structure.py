@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -164,3 +165,17 @@ def test_the_entry_point_is_read_in_one_sitting():
 @pytest.mark.parametrize("folder", ["data_pipelines", "launch"])
 def test_folders_can_be_read_at_a_glance(folder):
     assert len(entries(folder)) <= MOST_ENTRIES, entries(folder)
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """In the third person: "Returns", "Writes", "Says whether"."""
+    found = [
+        f"{path}:{node.lineno} {node.name}: {words.splitlines()[0]}"
+        for path in FILES
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and (words := ast.get_docstring(node))
+        and not re.match(r"[A-Z][a-z-]+s\b", words)
+        and not any(ast.unparse(name) == "property" for name in node.decorator_list)
+    ]
+    assert not found, "\n".join(found)

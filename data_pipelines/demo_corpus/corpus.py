@@ -124,7 +124,7 @@ def _absent_clips(root: Path, clips: list[PlannedClip]) -> list[PlannedClip]:
 
 
 def _unwritten(root: Path) -> bool:
-    """Whether annotations are missing."""
+    """Says whether annotations are missing."""
     return not all((root / name).exists() for name in (CAPTIONS, ASR, ATTRIBUTES))
 
 

@@ -29,13 +29,13 @@ _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether a file that begins with these (at least nine) bytes is meant as this format."""
+    """Says whether a file that begins with these (at least nine) bytes is in this format."""
     length = int.from_bytes(head[:_PREFIX], "little")
     return length <= _LONGEST_HEADER and head[_PREFIX:][:1] == b"{"
 
 
 def read(path: pathlib.Path) -> Tensors:
-    """The tensors of a file, each read when asked for.
+    """Returns the tensors of a file, each read when asked for.
 
     Raises:
         UserError: the file is cut short, its header is damaged, or it has a dtype not in `DTYPES`.
@@ -52,7 +52,7 @@ def read(path: pathlib.Path) -> Tensors:
 
 
 def metadata(path: pathlib.Path) -> dict[str, str]:
-    """What a file says of itself; nothing where it is damaged, which `read` reports."""
+    """Returns what a file says of itself; nothing where it is damaged, which `read` reports."""
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}
