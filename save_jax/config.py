@@ -158,8 +158,8 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
             return (
                 f"--{key}: expected a dictionary of sizes, because this config has one. {choices}"
             )
-    if isinstance(first, KeyError):
-        return _unknown_key(argv)
+    if isinstance(first, KeyError) and (unknown := _unknown_key(argv)):
+        return unknown
     for said, meant in NOT_PARSED.items():
         if said in str(error):
             return str(error).partition(said)[0] + meant
@@ -167,15 +167,18 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _unknown_key(argv: Sequence[str]) -> str:
-    """Says which key of a command line its config lacks, and which one may be meant."""
+    """Says which key of a command line its config lacks, and which may be meant; "" for none."""
     leaves = jax.tree_util.tree_leaves_with_path(read(_config_argument(argv)))
     known = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     flags_of_keys = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv)
-    key = next(
+    lacking = (
         found[1]
         for found in flags_of_keys
         if found and not any(f"{name}.".startswith(f"{found[1]}.") for name in known)
     )
+    key = next(lacking, "")
+    if not key:
+        return ""
     near = closest(key, known)
     return (
         f"unknown config key {key!r}{f': did you mean {near!r}?' if near else '.'} The keys are in "

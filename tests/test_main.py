@@ -106,6 +106,7 @@ MSRVTT = "--config=configs/msrvtt.py"
         ([MSRVTT, "--config.model.ast.width", "128"], "config.model.ast is a named variant here"),
         (["--config.model.clip=ViT-B/32"], "--config.model.clip: expected a dictionary of sizes"),
         (["--config.seed.x=1"], "unknown config key 'seed.x'"),
+        (["--config.mesh[0]=1"], "error: "),  # an index into what has none
         (["--config=configs"], "--config=configs: expected a config file, found no such file in"),
         (["--config="], "--config=: expected a config file, found no such file in"),
     ],
