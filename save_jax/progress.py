@@ -8,10 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
 from save_jax import files
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 def duration(seconds: float) -> str:
@@ -52,6 +56,23 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def _summary_writer() -> type["SummaryWriter"]:
+    """Imports TensorBoard's writer: late, because evaluation does without it, and without PyTorch.
+
+    Where PyTorch is installed, tensorboardX imports it to accept its tensors: 3 s and 200 MB at
+    the start of each run, for nothing.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # ty: ignore[invalid-assignment], an import that fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class Writer:
     """Scalars of a run, to metrics.jsonl and to TensorBoard; only the first process writes.
 
@@ -64,8 +85,6 @@ class Writer:
         self._events = self._lines = None
         if jax.process_index():
             return
-        from tensorboardX import SummaryWriter  # here, because evaluation does without it
-
         path = workdir / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -81,7 +100,7 @@ class Writer:
         files.write(self._here / "metrics.jsonl", "".join(kept))
         self._lines = open(self._here / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
         purge_step = None if restored_step is None else restored_step + 1
-        self._events = SummaryWriter(str(self._here), purge_step=purge_step)
+        self._events = _summary_writer()(str(self._here), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line {"step": …, …} and one TensorBoard point per scalar."""

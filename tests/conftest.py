@@ -33,7 +33,22 @@ from jaxtyping import install_import_hook  # noqa: E402, after the variables abo
 install_import_hook("save_jax", "beartype.beartype")
 
 # With several test processes, the longest tests start first: nobody waits for the last of them.
-LONGEST = ("test_readme.py", "test_full_size.py", "test_distributed.py", "test_cache.py")
+# In this order, that of their time: so the full-size ones do not add their memory to the README's.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/test_cache.py",
+    "tests/test_distributed.py",
+    "tests/test_train.py",
+    "tests/test_scaling.py",
+    "tests/weights/test_full_size.py",
+    "tests/test_full_size.py",
+    "tests/test_evaluated_run.py",
+    "tests/test_workdir.py",
+    "tests/data_pipelines/modalities/test_whisper.py",
+    "tests/test_own_videos.py",
+    "tests/launch/benchmark/test_train.py",
+    "tests/weights/test_command.py",
+)
 
 
 def pytest_unconfigure(config):
@@ -62,4 +77,5 @@ def _memory():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(LONGEST)))

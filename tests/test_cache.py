@@ -151,7 +151,9 @@ def test_what_a_cache_holds(cached):
         )
 
 
-@pytest.mark.parametrize("parts", [None, ["ast"], ["frames", "captions"]])
+@pytest.mark.parametrize(
+    "parts", [None, pytest.param(["ast"], marks=pytest.mark.soak), ["frames", "captions"]]
+)
 def test_losses_are_those_of_a_run_that_computes_all(data, cached, computed, tmp_path, parts):
     directory = cached
     if parts:  # the rest is computed, from frames and sound that are read
@@ -169,13 +171,17 @@ def test_losses_are_those_of_a_run_that_computes_all(data, cached, computed, tmp
     assert main.run(caching.config(data, cache__dir=str(directory)), workdir)
     expected = losses(computed)
     assert len(expected) == 5 and len(set(expected)) == 5
-    np.testing.assert_allclose(losses(workdir), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(losses(workdir), expected, rtol=1e-6)  # eight of the last bits
     one, other = (np.load(w / "evaluation" / "5" / "similarity.npy") for w in (computed, workdir))
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "on_disk", "soft_albef"), [("bfloat16", "uint16", 1e-2), ("float16", "float16", 1e-3)]
+    ("dtype", "on_disk", "soft_albef"),
+    [
+        pytest.param("bfloat16", "uint16", 1e-2, marks=pytest.mark.soak),
+        ("float16", "float16", 1e-3),
+    ],
 )
 def test_states_kept_in_half_the_room_change_little(
     data, computed, tmp_path, dtype, on_disk, soft_albef
@@ -213,31 +219,23 @@ def test_evaluate_mode_reads_the_cache(data, cached, computed, tmp_path, capsys)
 
 
 def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, tmp_path):
+    """On a pod's order of devices, where the rows of a global array are not in that of processes.
+
+    Of these sizes only the table of tokens is large enough to be sliced, over both processes.
+    """
     out, workdir = tmp_path / "cache", tmp_path / "run"
-    # Of these sizes only the table of tokens is large enough to be sliced, over both processes.
-    arguments = overrides(data, mesh__fsdp=4)
-    job = together("save_jax.cache", *arguments, "--dtype=float32", f"--out={out}")
-    assert [code for code, _ in job] == [0, 0], job
-    arguments = overrides(data, mesh__fsdp=4, micro_batch=4, cache__dir=out)
-    job = together("save_jax.main", *arguments, f"--workdir={workdir}")
-    assert [code for code, _ in job] == [0, 0], job
-    for split in ("train", "test"):
-        one, other = arrays(cached / split), arrays(tmp_path / "cache" / split)
-        assert set(one) == set(other)
-        for name in one:
-            np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(computed), rtol=0, atol=1e-5)
-
-
-def test_interleaved_devices_write_the_same(data, cached, tmp_path):
-    """On a pod, the rows of a global array are not in the order of the processes."""
-    arguments = [*overrides(data), "--dtype=float32", f"--out={tmp_path}"]
+    arguments = [*overrides(data, mesh__fsdp=2), "--dtype=float32", f"--out={out}"]
     job = together("tests.support.interleaved", "save_jax.cache", *arguments)
     assert [code for code, _ in job] == [0, 0], job
     for split in ("train", "test"):
-        one, other = arrays(cached / split), arrays(tmp_path / split)
+        one, other = arrays(cached / split), arrays(out / split)
+        assert set(one) == set(other)
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
+    arguments = overrides(data, mesh__fsdp=4, micro_batch=4, cache__dir=out)
+    job = together("save_jax.main", *arguments, f"--workdir={workdir}")
+    assert [code for code, _ in job] == [0, 0], job
+    np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
 
 
 def test_interleaved_devices_evaluate_the_same(data, tmp_path):

@@ -16,13 +16,13 @@ import pytest
 from save_jax import distributed
 from save_jax.checkpoint import load_parameters
 from save_jax.errors import UserError
-from tests.support import programs
-from tests.support.training import FIVE, RATES, program, run
+from tests.support import programs, synthetic
+from tests.support.training import FIVE, RATES, VISION, program, run
 
 WITHIN = 300  # seconds for a job on a busy machine
 
 
-def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
+def start(workdir, devices: int, moments: list[str], *flags: str) -> list[subprocess.Popen]:
     """Starts one process a moment, each with so many devices of its own."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "tests.support.training", str(workdir)]
+    command = [sys.executable, "-m", "tests.support.training", *flags, str(workdir)]
     return [
         subprocess.Popen(
             [*command, moment, coordinator, str(len(moments)), str(number)],
@@ -54,8 +54,8 @@ def finish(job: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in job], said
 
 
-def parameters(workdir, rates) -> dict[str, np.ndarray]:
-    like = program(rates, 1)[1]
+def parameters(workdir, rates, model=synthetic.MODEL) -> dict[str, np.ndarray]:
+    like = program(rates, 1, model)[1]
     step, found = load_parameters(workdir, {**like.trained, **like.frozen})
     assert step == rates.total_steps
     return jax.tree.map(np.asarray, found)
@@ -74,7 +74,7 @@ def alone(tmp_path_factory):
     return losses(workdir), parameters(workdir, FIVE)
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.soak)])
 def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices):
     codes, said = finish(start(tmp_path, devices, ["five"] * count))
     assert codes == [0] * count, said
@@ -88,13 +88,13 @@ def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devi
 def uninterrupted(tmp_path_factory):
     """Parameters of two processes that nothing happened to."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    codes, said = finish(start(workdir, 1, ["never"] * 2))
+    codes, said = finish(start(workdir, 1, ["never"] * 2, "--vision"))
     assert codes == [0, 0], said
-    return parameters(workdir, RATES)
+    return parameters(workdir, RATES, VISION)
 
 
 def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterrupted):
-    job = start(tmp_path, 1, ["never", "step"])
+    job = start(tmp_path, 1, ["never", "step"], "--vision")
     job[1].wait(WITHIN)
     died = time.monotonic()
     codes, said = finish(job)
@@ -102,18 +102,18 @@ def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterru
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, os.EX_TEMPFAIL)
     assert "lost contact" in said[0] or "heartbeat" in said[0].lower(), said[0]
-    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2, "--vision"))
     assert codes == [0, 0], said
-    for name, value in parameters(tmp_path, RATES).items():
+    for name, value in parameters(tmp_path, RATES, VISION).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path, uninterrupted):
-    codes, said = finish(start(tmp_path, 1, ["never", "term"]))
+    codes, said = finish(start(tmp_path, 1, ["never", "term"], "--vision"))
     assert codes == [os.EX_TEMPFAIL] * 2, said
-    codes, said = finish(start(tmp_path, 1, ["never"] * 2))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2, "--vision"))
     assert codes == [0, 0], said
-    for name, value in parameters(tmp_path, RATES).items():
+    for name, value in parameters(tmp_path, RATES, VISION).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
 
 

@@ -1,6 +1,8 @@
 """metrics.jsonl survives interruption; durations read as people say them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,16 @@ def test_going_on_drops_what_will_be_written_again(tmp_path):
     assert steps(path) == [1, 2]
     assert json.loads(path.read_text().splitlines()[1]) == {"step": 2, "loss": 1.5}
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_run_does_not_import_pytorch(tmp_path):
+    """It would take 3 s and 200 MB; a program that imports it afterwards gets it."""
+    program = (
+        "import pathlib, sys; from save_jax.progress import Writer\n"
+        f"Writer(pathlib.Path({str(tmp_path)!r}), None).write_scalars(1, {{'loss': 1.0}})\n"
+        "assert 'torch' not in sys.modules; import torch; torch.zeros(1)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_evaluation_adds_and_drops_nothing(tmp_path):

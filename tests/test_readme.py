@@ -46,8 +46,7 @@ def run(tmp_path_factory):
     """Runs one command of the README in a shell; its Python is the one of these tests."""
     folder = tmp_path_factory.mktemp("readme")
     miniatures.msrvtt(folder / "msrvtt", n_train=3, n_test=2)
-    # One device, as a user's run has, whatever conftest.py wants of the tests in this process.
-    environment = os.environ | {"XLA_FLAGS": programs.FAST}
+    environment = dict(os.environ)
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
     places = {
         "MSRVTT": folder / "msrvtt",
@@ -75,11 +74,13 @@ def run(tmp_path_factory):
                 command += f" {flags}"
         if "configs/demo.py" in command:
             command += f" --config.data.dir={folder / 'demo_data'}"
+        # One device, as a user's run has, whatever conftest.py wants of the tests in this process.
+        full_size = "configs/msrvtt.py" in command
         done = subprocess.run(
             command,
             shell=True,
             cwd=ROOT,
-            env=environment,
+            env=environment | {"XLA_FLAGS": programs.FULL_SIZE if full_size else programs.FAST},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

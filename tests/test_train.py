@@ -27,6 +27,13 @@ def losses(workdir) -> list[float]:
     return [line["loss"] for line in lines(workdir) if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of twelve steps that nothing happens to: its workdir, and its final state."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, run(workdir)
+
+
 def assert_identical(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
@@ -65,9 +72,9 @@ def test_step_does_not_depend_on_batch_order():
     assert a.step == b.step == 1
 
 
-def test_frozen_parameters_do_not_move_and_others_do(tmp_path):
+def test_frozen_parameters_do_not_move_and_others_do(straight):
     _, before, _, _ = program(RATES, 1)
-    after = run(tmp_path)
+    _, after = straight
     assert_identical(before.frozen, after.frozen)
     assert before.frozen and all(optimizer.group_of(k) == "ast" for k in before.frozen)
     still = [
@@ -125,14 +132,13 @@ def test_a_killed_run_goes_on_bit_identically(tmp_path, uninterrupted, moment):
 
 
 @pytest.mark.parametrize("crash", [2, 5, 10])
-def test_a_crashed_run_goes_on_bit_identically(tmp_path, crash):
-    straight = run(tmp_path / "straight")
+def test_a_crashed_run_goes_on_bit_identically(tmp_path, straight, crash):
     with pytest.raises(KeyError):
-        run(tmp_path / "crashed", stop_after=crash)
-    assert_identical(straight, run(tmp_path / "crashed"))
-    one, other = lines(tmp_path / "straight"), lines(tmp_path / "crashed")
-    assert [x["step"] for x in one] == [x["step"] for x in other]
-    assert losses(tmp_path / "straight") == losses(tmp_path / "crashed")
+        run(tmp_path, stop_after=crash)
+    workdir, state = straight
+    assert_identical(state, run(tmp_path))
+    assert [x["step"] for x in lines(workdir)] == [x["step"] for x in lines(tmp_path)]
+    assert losses(workdir) == losses(tmp_path)
 
 
 def test_a_broken_loss_stops_names_the_clips_and_keeps_the_checkpoint(tmp_path):
@@ -155,11 +161,11 @@ def test_a_broken_step_never_reaches_a_checkpoint(tmp_path):
         assert all(np.isfinite(v).all() for v in restored.trained.values())
 
 
-def test_evaluation_is_written_as_promised(tmp_path):
-    run(tmp_path)
-    folders = sorted(int(p.name) for p in (tmp_path / "evaluation").iterdir())
+def test_evaluation_is_written_as_promised(straight):
+    workdir, _ = straight
+    folders = sorted(int(p.name) for p in (workdir / "evaluation").iterdir())
     assert folders == [4, 8, 12]
-    last = tmp_path / "evaluation" / "12"
+    last = workdir / "evaluation" / "12"
     result = json.loads((last / "metrics.json").read_text())
     assert set(result["t2v"]) == {"R1", "R5", "R10", "MdR", "MnR", "SumR"}
     assert result["groups"]["sound"]["queries"] == 7
@@ -178,11 +184,11 @@ def test_evaluation_is_written_as_promised(tmp_path):
     assert len((last / "videos.csv").read_text().splitlines()) == 12
 
 
-def test_best_and_latest_checkpoints_are_kept(tmp_path):
-    run(tmp_path)
-    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+def test_best_and_latest_checkpoints_are_kept(straight):
+    workdir, _ = straight
+    kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     sums = {
-        step: json.loads((tmp_path / f"evaluation/{step}/metrics.json").read_text())["t2v"]["SumR"]
+        step: json.loads((workdir / f"evaluation/{step}/metrics.json").read_text())["t2v"]["SumR"]
         for step in (4, 8, 12)
     }
     assert 12 in kept and max(sums, key=sums.get) in kept and len(kept) <= 3

@@ -70,7 +70,7 @@ def test_the_second_job_on_a_workdir_is_refused(data, tmp_path):
 
 def command(data, workdir, **changes) -> int:
     """Trains by the command, in this process; returns its exit code."""
-    changes = caching.CHANGES | {"data.dir": data, "steps": 2} | changes
+    changes = caching.CHANGES | {"data.dir": data} | changes
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     return main.main(["main", "--config=configs/demo.py", *flags, f"--workdir={workdir}"])
 

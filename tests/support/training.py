@@ -3,8 +3,9 @@
 As a program, `python -m tests.support.training WORKDIR MOMENT` trains and kills itself with SIGKILL
 at a moment: "never", "step" (in the middle of an epoch), "write" (a checkpoint is written but not
 yet committed) or "evaluation" (its files half written). At the moment "term" it is sent SIGTERM
-instead. With `COORDINATOR PROCESSES ID` after them, it is one process of several. The exit code is
-75 when it was interrupted, as the main program's.
+instead. With `COORDINATOR PROCESSES ID` after them, it is one process of several. With `--vision`
+before them, the model is CLIP4Clip, for tests of what does not depend on it: it compiles in half
+the time. The exit code is 75 when it was interrupted, as the main program's.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax
 from save_jax import distributed, evaluate, sharding, train
 from save_jax.checkpoint import Checkpoints
 from save_jax.meter import Meter, Plan
+from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from save_jax.progress import Writer
@@ -26,6 +28,7 @@ from tests.support import synthetic
 
 RATES = OptimizerConfig(clip=1e-3, clip_stem=1e-3, ast_norm=1e-3, new=1e-3, total_steps=12)
 FIVE = dataclasses.replace(RATES, total_steps=5)
+VISION = dataclasses.replace(synthetic.MODEL, sound_weight=0.0, speech_weight=0.0)
 BATCH = 8
 
 
@@ -34,20 +37,30 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def program(rates: OptimizerConfig, devices: int):
-    """What one mesh and one set of rates compile to; every test of them shares it."""
+def program(rates: OptimizerConfig, devices: int, model: SAVEConfig = synthetic.MODEL):
+    """What one mesh, one set of rates and one model compile to; every test of them shares it."""
     mesh = mesh_of(devices)
-    graphdef, state = train.create_state(synthetic.MODEL, rates, 0, mesh)
-    step = jax.jit(train.make_train_step(graphdef, rates, LossConfig(), mesh))
+    graphdef, state = train.create_state(model, rates, 0, mesh)
+    loss = LossConfig(soft_albef_weight=float(bool(model.sound_weight)))
+    step = jax.jit(train.make_train_step(graphdef, rates, loss, mesh))
     return mesh, state, step, evaluate.Evaluator(graphdef, mesh, BATCH, 0.5)
 
 
-def run(workdir, *, stop_after: int | None = None, rates=RATES, data=None, devices=1, eval_every=1):
+def run(
+    workdir,
+    *,
+    stop_after: int | None = None,
+    rates=RATES,
+    data=None,
+    devices=1,
+    eval_every=1,
+    model=synthetic.MODEL,
+):
     """Trains in `workdir`, going on from what it holds; returns the final state.
 
     With `stop_after`, the data ends with an exception after that many steps, as a crash would.
     """
-    mesh, state, step_function, evaluator = program(rates, devices)
+    mesh, state, step_function, evaluator = program(rates, devices, model)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest_step()
     if step is not None:
@@ -144,13 +157,22 @@ def arm(moment: str) -> None:
         raise ValueError(moment)
 
 
-def main(workdir: str, moment: str, *others: str) -> int:
+def main(*arguments: str) -> int:
+    model = synthetic.MODEL
+    if arguments[0] == "--vision":
+        model, arguments = VISION, arguments[1:]
+    workdir, moment, *others = arguments
     if others:
         coordinator, count, number = others
         distributed.join(coordinator, int(count), int(number))
     arm(moment)
     with distributed.exit_if_peer_lost():
-        final = run(pathlib.Path(workdir), devices=jax.device_count(), rates=rates_of(moment))
+        final = run(
+            pathlib.Path(workdir),
+            devices=jax.device_count(),
+            rates=rates_of(moment),
+            model=model,
+        )
     return 0 if int(final.step) == rates_of(moment).total_steps else os.EX_TEMPFAIL
 
 
