@@ -62,7 +62,7 @@ test: lint
 	$(VENV)/bin/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests/soak -m soak --capture=no -p no:xdist
+	$(VENV)/bin/python -m pytest tests -m soak --capture=no -p no:xdist
 	PYTHON=$(abspath $(VENV)/bin/python) tests/launch/test_slurm.sh $(SLURM_DEMO)
 
 clean:

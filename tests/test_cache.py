@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from save_jax import cache, main, optimizer, sharding, train
+from save_jax import cache, checkpoint, main, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.data import Splits
@@ -65,15 +65,13 @@ def alone(*arguments: str) -> tuple[int, str]:
     return process.returncode, said
 
 
-def together(*arguments: str) -> list[tuple[int, str]]:
-    """The same with two processes over loopback, of two devices each."""
+def together(*arguments: str, count: int = 2) -> list[tuple[int, str]]:
+    """The same with several processes over loopback, of two devices each."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-    job = [
-        start(*arguments, coordinator, "--num_processes=2", f"--process_id={number}", devices=2)
-        for number in range(2)
-    ]
+    arguments += (coordinator, f"--num_processes={count}")
+    job = [start(*arguments, f"--process_id={number}", devices=2) for number in range(count)]
     try:
         said = [process.communicate(timeout=WITHIN)[0] for process in job]
     finally:
@@ -229,23 +227,38 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(computed), rtol=0, atol=1e-5)
 
 
-def test_interleaved_devices_write_the_same(data, cached, tmp_path):
+def orders(usual: str):
+    """Orders of the devices of two processes and of four; only one of them takes part always."""
+    every = [(order, count) for count in (2, 4) for order in ("interleaved", "reversed", "random")]
+    marks = {each: () if each == (usual, 2) else pytest.mark.soak for each in every}
+    return pytest.mark.parametrize(
+        ("order", "count"), [pytest.param(*each, marks=mark) for each, mark in marks.items()]
+    )
+
+
+@orders("random")
+def test_the_order_of_devices_does_not_change_a_cache(data, cached, tmp_path, order, count):
     """On a pod, the rows of a global array are not in the order of the processes."""
-    arguments = [*overrides(data), "--dtype=float32", f"--out={tmp_path}"]
-    job = together("tests.support.interleaved", "save_jax.cache", *arguments)
-    assert [code for code, _ in job] == [0, 0], job
+    arguments = ["save_jax.cache", *overrides(data), "--dtype=float32", f"--out={tmp_path}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
     for split in ("train", "test"):
         one, other = arrays(cached / split), arrays(tmp_path / split)
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_interleaved_devices_evaluate_the_same(data, tmp_path):
+@orders("interleaved")
+def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, order, count):
     workdir = tmp_path / "run"
-    job = together(
-        "tests.support.interleaved", "save_jax.main", *overrides(data), f"--workdir={workdir}"
-    )
-    assert [code for code, _ in job] == [0, 0], job
+    arguments = ["save_jax.main", *overrides(data), f"--workdir={workdir}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
+    np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
+    shapes = checkpoint.parameter_shapes(computed)
+    found = checkpoint.read_parameters(workdir, shapes)
+    for name, value in checkpoint.read_parameters(computed, shapes).items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
     # The same checkpoint, evaluated by one process.
     again = caching.config(data, mode="evaluate", init_from=str(workdir))
     assert main.run(again, tmp_path / "again")

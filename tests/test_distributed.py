@@ -22,7 +22,9 @@ from tests.support.training import FIVE, RATES, program, run
 WITHIN = 300  # seconds for a job on a busy machine
 
 
-def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
+def start(
+    workdir, devices: int, moments: list[str], command: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
     """Starts one process a moment, each with so many devices of its own."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -31,10 +33,10 @@ def start(workdir, devices: int, moments: list[str]) -> list[subprocess.Popen]:
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "tests.support.training", str(workdir)]
+    command = command or ("tests.support.training", str(workdir))
     return [
         subprocess.Popen(
-            [*command, moment, coordinator, str(len(moments)), str(number)],
+            [sys.executable, "-m", *command, moment, coordinator, str(len(moments)), str(number)],
             env=os.environ | cache | {"XLA_FLAGS": programs.flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -74,14 +76,43 @@ def alone(tmp_path_factory):
     return losses(workdir), parameters(workdir, FIVE)
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
-def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices):
-    codes, said = finish(start(tmp_path, devices, ["five"] * count))
+ORDERS = ("interleaved", "reversed", "random")
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "order"),
+    [
+        (2, 4, "random"),
+        *(pytest.param(2, 4, order, marks=pytest.mark.soak) for order in ("", *ORDERS[:2])),
+        *(pytest.param(4, 2, order, marks=pytest.mark.soak) for order in ("", *ORDERS)),
+    ],
+)
+def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices, order):
+    training = ("tests.support.training", str(tmp_path))
+    command = ("tests.support.device_orders", order, *training) if order else training
+    codes, said = finish(start(tmp_path, devices, ["five"] * count, command))
     assert codes == [0] * count, said
     expected_losses, expected = alone
     np.testing.assert_allclose(losses(tmp_path), expected_losses, atol=1e-5)
     for name, value in parameters(tmp_path, FIVE).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "shuffles"),
+    [(2, 4, 2), *(pytest.param(*each, 10, marks=pytest.mark.soak) for each in ((2, 4), (4, 2)))],
+)
+def test_rows_are_where_they_belong_in_every_order(tmp_path, count, devices, shuffles):
+    """Batches, captions, weights and votes, on meshes with and without fsdp."""
+    job = start(tmp_path, devices, [str(shuffles)] * count, ("tests.support.placing",))
+    try:
+        said = [process.communicate(timeout=WITHIN) for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    assert [process.returncode for process in job] == [0] * count, said
+    # Three meshes in each of the orders.
+    assert [out.count("checked: ") for out, _ in said] == [3 * (2 + shuffles)] * count
 
 
 @pytest.fixture(scope="module")
