@@ -83,7 +83,8 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 500  # steps; evaluated steps are always kept
     config.log_every = 20  # steps; runs of up to 100 steps log each
     # Devices along each axis; -1: all that remain. Batches are sharded over both axes, parameters
-    # and optimiser state along fsdp too: for models that are too large for one device.
+    # and optimiser state along fsdp too: for models that are too large for one device. Any pair
+    # whose product is the number of devices; of several TPU slices, fsdp is of one slice's.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
 
     config.data = ConfigDict(

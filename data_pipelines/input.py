@@ -56,14 +56,12 @@ def train_batches(
     teacher: bool,
     tokenizer: Tokenizer,
     frames: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yields this process's share of the batches of steps start_step … total_steps − 1.
 
     Every (clip, caption) pair occurs once per epoch, except the last few, which do not fill a
-    batch. Process p's share is the p-th of equal, contiguous parts of the global batch. Steps
-    before `start_step` cost nothing.
+    batch. Steps before `start_step` cost nothing.
 
     Args:
         split: what to train on.
@@ -77,15 +75,13 @@ def train_batches(
         teacher: whether to read the teacher's vectors.
         tokenizer: turns texts into ids.
         frames: whether to read frames.
-        process_index: which process this is.
-        process_count: how many there are.
+        share: int [rows], the rows of the global batch that this process reads; None = all.
 
     Raises:
-        UserError: the split is smaller than a batch, or `batch_size` is no multiple of
-            `process_count`.
+        UserError: the split is smaller than a batch.
     """
     per_epoch = steps_per_epoch(split, batch_size)
-    share = _share(batch_size, process_index, process_count)
+    share = np.arange(batch_size) if share is None else share
     table = caption_table(split)
     caption_ids = tokenizer(table.texts, max_words)
     transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
@@ -96,7 +92,7 @@ def train_batches(
 
     def pairs_of(step: int) -> np.ndarray:
         epoch, step_in_epoch = divmod(step, per_epoch)
-        return order(epoch)[step_in_epoch * batch_size :][share]
+        return order(epoch)[step_in_epoch * batch_size + share]
 
     def batches() -> Iterator[Batch]:
         steps = range(start_step, total_steps)
@@ -127,8 +123,7 @@ def clip_batches(
     teacher: bool = False,
     frames: bool = True,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yields this process's share of all clips, each once, in order, for embedding.
 
@@ -145,17 +140,13 @@ def clip_batches(
         teacher: whether to read the teacher's vectors.
         frames: whether to read frames.
         start_step: the first batch; those before it cost nothing.
-        process_index: which process this is.
-        process_count: how many there are.
-
-    Raises:
-        UserError: `batch_size` is no multiple of `process_count`.
+        share: int [rows], the rows of the global batch that this process reads; None = all.
     """
-    share = _share(batch_size, process_index, process_count)
+    share = np.arange(batch_size) if share is None else share
     transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
 
     def index_of(step: int) -> np.ndarray:
-        rows = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int32)[share]
+        rows = (step * batch_size + share).astype(np.int32)
         return np.where(rows < split.num_clips, rows, -1)
 
     def rows_of(step: int) -> np.ndarray:
@@ -170,17 +161,6 @@ def clip_batches(
             yield batch._replace(index=index_of(step))
 
     return batches()
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns this process's part of a global batch."""
-    size, left = divmod(batch_size, process_count)
-    if left or not size:
-        raise UserError(
-            f"expected a global batch size that is a multiple of {process_count}, the number of "
-            f"processes, found {batch_size}."
-        )
-    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _batch(

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from save_jax import cache, evaluate, optimizer, recorded, train
+from save_jax import cache, evaluate, optimizer, recorded, sharding, train
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
@@ -46,10 +47,6 @@ class Splits:
         self._tokenizer = Tokenizer(data["tokenizer"])
         self._splits: dict[str, Any] = {}
         self._caches: dict[str, cache.Cache] = {}
-        self._processes = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
 
     def _open(self, split: str) -> Any:
         data = self._config["data"]
@@ -143,10 +140,20 @@ class Splits:
                 speech="speech" in parts,
                 teacher="teacher" in parts,
                 start_step=first,
-                **self._processes,
+                share=self._share(self._config["eval_batch_size"]),
             )
 
         return self._for_cache(opened), batches
+
+    def _share(self, batch_size: int) -> np.ndarray | None:
+        """Returns the rows of a global batch that this process reads; None = all of them.
+
+        They are those that its devices hold, so that the batch is the same, row by row, whatever
+        the number of processes and the order of their devices.
+        """
+        if jax.process_count() == 1:
+            return None
+        return sharding.process_rows(sharding.make_mesh(self._config["mesh"]), batch_size)
 
     def _reading(self, split: Any) -> dict[str, Any]:
         """Returns what to read of a split: what the model needs and no cache holds."""
@@ -157,7 +164,6 @@ class Splits:
             "frames": "frames" not in parts,
             "sound": bool(self._model.sound_weight) and "ast" not in parts,
             "speech": bool(self._model.speech_weight) and "speech" not in parts,
-            **self._processes,
         }
 
     def _cached_parts(self, split: Any) -> frozenset[str]:
@@ -199,6 +205,7 @@ class Splits:
                 start_step=start_step,
                 total_steps=total_steps,
                 teacher=aligned and "teacher" not in self._cached_parts(split),
+                share=self._share(self._config["batch_size"]),
                 **self._reading(split),
             )
             return self._with_cache(split, read)
@@ -225,8 +232,9 @@ class Splits:
         max_words = self._config["data"]["max_words"]
 
         def batches() -> Iterator[Batch]:
+            size = self._config["eval_batch_size"]
             read = self._pipeline.clip_batches(
-                split, batch_size=self._config["eval_batch_size"], **self._reading(split)
+                split, batch_size=size, share=self._share(size), **self._reading(split)
             )
             return self._with_cache(split, read)
 

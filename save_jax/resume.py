@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from save_jax import checkpoint, files, optimizer, recorded, train
+from save_jax import checkpoint, files, optimizer, recorded, sharding, train
 from save_jax.checkpoint import Checkpoints, TrainState
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
@@ -208,7 +209,7 @@ def load_weights(
             "evaluate it with the config of the model that it holds"
         )
     placed = {
-        name: jax.device_put(value, current[name].sharding)
+        name: sharding.global_array(np.asarray(value), current[name].sharding)
         for name, value in loaded.parameters.items()
     }
     return current | placed

@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from save_jax.batch import Batch
 from save_jax.errors import UserError
@@ -26,7 +27,11 @@ LEAST_SLICED = 2**14  # elements; a smaller array (a bias) costs more to gather 
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh with the axes "data" and, if wanted, "fsdp".
+    """Makes a mesh with the axes "data" and, if wanted, "fsdp", along the links between devices.
+
+    Neighbours in the mesh are neighbours in a TPU slice, so its order is in general neither that of
+    `jax.devices()` nor that of the processes. Several slices are joined by the data centre's
+    network only: "data" is split over them, and parameters are gathered within each.
 
     Args:
         axes: size by name; −1 takes the devices that the other leaves.
@@ -42,21 +47,65 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"config.mesh = {sizes}: expected an axis named 'data', perhaps one named 'fsdp', and "
             "at most one size of -1"
         )
-    known = int(np.prod([n for n in sizes.values() if n != -1]))
+    known = math.prod(n for n in sizes.values() if n != -1)
     for name, size in sizes.items():
         if size == -1 and known > 0:
             sizes[name] = len(devices) // known
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    names = tuple(name for name in (DATA, FSDP) if name in sizes)
+    shape, slices = tuple(sizes[name] for name in names), _count_slices(devices)
+    if min(shape) < 1 or math.prod(shape) != len(devices) or sizes[DATA] % slices:
+        in_slices = f" in {slices} slices, which share out 'data'" if slices > 1 else ""
+        fitting = [n for n in range(1, len(devices) + 1) if len(devices) // slices % n == 0]
         raise UserError(
-            f"config.mesh = {dict(axes)} does not fit the {len(devices)} devices here: "
-            "the product of its sizes must be the number of devices (-1 = the rest)"
+            f"config.mesh = {dict(axes)} does not fit the {len(devices)} devices here{in_slices}: "
+            "expected data x fsdp = "
+            + ", ".join(f"{len(devices) // n} x {n}" for n in fitting)
+            + " (-1 = the rest)"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        devices=devices,
-        axis_types=(AxisType.Auto,) * len(sizes),
+    return Mesh(_lay_out(shape, devices, slices), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _count_slices(devices: Sequence[jax.Device]) -> int:
+    """Counts the TPU slices that devices belong to.
+
+    JAX calls each host of GPUs a slice too. They need no such care: their fabric takes any mesh,
+    and JAX puts those of a host next to each other.
+
+    Raises:
+        UserError: the slices are not equally large.
+    """
+    found = collections.Counter(
+        getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices
     )
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"the TPU slices have {', '.join(map(str, found.values()))} devices: expected as many "
+            "in each"
+        )
+    return len(found)
+
+
+def _lay_out(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+    """Arranges devices in the shape of a mesh.
+
+    Raises:
+        UserError: they do not fill a box of each slice, so that JAX cannot tell their links.
+    """
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        data, *others = shape
+        return mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *others),
+            (slices, *(1 for _ in others)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    except AssertionError as error:
+        raise UserError(
+            f"no mesh can be made of the {len(devices)} devices here: expected one device per TPU "
+            f"chip, and chips that fill a box in each slice. JAX says: {str(error)[:200]}"
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -175,22 +224,64 @@ def check_batch_sizes(config: Mapping[str, Any], mesh: Mesh) -> None:
         check_batch_size("micro_batch", config["micro_batch"], mesh)
 
 
+@functools.cache
+def process_rows(mesh: Mesh, count: int, process: int | None = None) -> np.ndarray:
+    """Returns which rows of a global batch the devices of a process hold, int [rows], ascending.
+
+    They are in general neither one block nor the process's part of as many as there are
+    processes (see `make_mesh`).
+
+    Args:
+        mesh: devices.
+        count: rows of the global batch, a multiple of the devices.
+        process: None = this one.
+    """
+    process = jax.process_index() if process is None else process
+    held = np.zeros(count, bool)
+    for device, rows in batch_sharding(mesh).devices_indices_map((count,)).items():
+        if device.process_index == process:
+            held[rows] = True
+    found = np.flatnonzero(held)
+    found.setflags(write=False)  # all callers share it
+    return found
+
+
+def global_array(host: np.ndarray, placed: Sharding, rows: np.ndarray | None = None) -> jax.Array:
+    """Makes a global array of host arrays, in which an element's place is its own index.
+
+    Each device gets what its index in the global array says, whichever process it belongs to. All
+    that goes from hosts to devices goes this way: where it were the process's number that
+    decides, arrays would come out permuted on a TPU slice, and nothing would tell.
+
+    Args:
+        host: the whole array, the same on every process; or some rows of it.
+        placed: sharding of the result, with `rows` that of a batch.
+        rows: which rows of the global array `host` has, if not all: those of `process_rows`.
+    """
+    if rows is None:
+        return jax.make_array_from_callback(host.shape, placed, lambda index: host[index])
+    each = len(rows) // len(placed.addressable_devices)
+
+    def read(index: Any) -> np.ndarray:
+        first = np.searchsorted(rows, index[0].start or 0)
+        return host[first : first + each]
+
+    shape = (each * placed.num_devices, *host.shape[1:])
+    return jax.make_array_from_callback(shape, placed, read)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Puts this process's rows of a batch on its devices, as rows of one global array."""
-    sharding = batch_sharding(mesh)
+    """Puts this process's rows of a global batch (`process_rows`) on its devices."""
+    count = len(batch.index) * mesh.size // len(mesh.local_devices)
+    placed, rows = batch_sharding(mesh), process_rows(mesh, count)
     return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)),
+        lambda host: global_array(np.asarray(host), placed, rows),
         batch._replace(caption_index=None),
     )
 
 
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     """Puts a host array that every process holds whole on the mesh, split by rows.
-
-    Row i of the global array is row i of `rows` whichever process owns its device. That
-    is not so of `make_array_from_process_local_data`: JAX orders the devices of a TPU slice by
-    topology, so that process p's rows are in general not the p-th part of the global array
-    (`put_batch` may use it, because a batch's rows travel with their `index`).
 
     Args:
         rows: [n, ...], the same on every process.
@@ -202,9 +293,7 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     """
     padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
-    return jax.make_array_from_callback(
-        padded.shape, batch_sharding(mesh), lambda index: padded[index]
-    )
+    return global_array(padded, batch_sharding(mesh))
 
 
 def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:

@@ -192,7 +192,7 @@ class StopRequest:
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.signal: signal.Signals | None = None
         self.agreed = False
-        self._by_device = sharding.batch_sharding(mesh)
+        self._mesh = mesh
         self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
         self._before: dict[signal.Signals, Any] = {}
 
@@ -220,8 +220,9 @@ class StopRequest:
         """Casts this process's vote at this step, to be counted later; None if it is alone."""
         if jax.process_count() == 1:
             return None
-        mine = np.full(len(jax.local_devices()), self.signal is not None)
-        return self._any(jax.make_array_from_process_local_data(self._by_device, mine))
+        rows = sharding.process_rows(self._mesh, self._mesh.size)  # one for each device
+        mine = np.full(len(rows), self.signal is not None)
+        return self._any(sharding.global_array(mine, sharding.batch_sharding(self._mesh), rows))
 
     def count(self, vote: jax.Array | None) -> None:
         """Waits for a vote, and notes its outcome."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from save_jax import cache, main, optimizer, sharding, train
+from save_jax import cache, checkpoint, main, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.data import Splits
@@ -65,15 +65,13 @@ def alone(*arguments: str) -> tuple[int, str]:
     return process.returncode, said
 
 
-def together(*arguments: str) -> list[tuple[int, str]]:
-    """The same with two processes over loopback, of two devices each."""
+def together(*arguments: str, count: int = 2) -> list[tuple[int, str]]:
+    """The same with several processes over loopback, of two devices each."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-    job = [
-        start(*arguments, coordinator, "--num_processes=2", f"--process_id={number}", devices=2)
-        for number in range(2)
-    ]
+    arguments += (coordinator, f"--num_processes={count}")
+    job = [start(*arguments, f"--process_id={number}", devices=2) for number in range(count)]
     try:
         said = [process.communicate(timeout=WITHIN)[0] for process in job]
     finally:
@@ -219,31 +217,57 @@ def test_evaluate_mode_reads_the_cache(data, cached, computed, tmp_path, capsys)
 
 
 def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, tmp_path):
-    """On a pod's order of devices, where the rows of a global array are not in that of processes.
+    """On a pod, the rows of a global array are not in the order of the processes.
 
     Of these sizes only the table of tokens is large enough to be sliced, over both processes.
     """
     out, workdir = tmp_path / "cache", tmp_path / "run"
     arguments = [*overrides(data, mesh__fsdp=2), "--dtype=float32", f"--out={out}"]
-    job = together("tests.support.interleaved", "save_jax.cache", *arguments)
+    job = together("tests.support.device_orders", "random", "save_jax.cache", *arguments)
     assert [code for code, _ in job] == [0, 0], job
-    for split in ("train", "test"):
-        one, other = arrays(cached / split), arrays(out / split)
-        assert set(one) == set(other)
-        for name in one:
-            np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-5, err_msg=name)
+    assert_same_cache(cached, out)
     arguments = overrides(data, mesh__fsdp=4, micro_batch=4, cache__dir=out)
     job = together("save_jax.main", *arguments, f"--workdir={workdir}")
     assert [code for code, _ in job] == [0, 0], job
     np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
 
 
-def test_interleaved_devices_evaluate_the_same(data, tmp_path):
-    workdir = tmp_path / "run"
-    job = together(
-        "tests.support.interleaved", "save_jax.main", *overrides(data), f"--workdir={workdir}"
+def assert_same_cache(one, other):
+    for split in ("train", "test"):
+        expected, found = arrays(one / split), arrays(other / split)
+        assert set(found) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+def orders(*usual: str):
+    """Orders of the devices of two processes and of four; those of `make test` are of two."""
+    every = [(order, count) for count in (2, 4) for order in ("interleaved", "reversed", "random")]
+    marks = {(o, n): () if n == 2 and o in usual else pytest.mark.soak for o, n in every}
+    return pytest.mark.parametrize(
+        ("order", "count"), [pytest.param(*each, marks=mark) for each, mark in marks.items()]
     )
-    assert [code for code, _ in job] == [0, 0], job
+
+
+@orders()  # the test above has one in `make test`
+def test_the_order_of_devices_does_not_change_a_cache(data, cached, tmp_path, order, count):
+    arguments = ["save_jax.cache", *overrides(data), "--dtype=float32", f"--out={tmp_path}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
+    assert_same_cache(cached, tmp_path)
+
+
+@orders("interleaved")
+def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, order, count):
+    workdir = tmp_path / "run"
+    arguments = ["save_jax.main", *overrides(data), f"--workdir={workdir}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
+    np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
+    shapes = checkpoint.parameter_shapes(computed)
+    found = checkpoint.read_parameters(workdir, shapes)
+    for name, value in checkpoint.read_parameters(computed, shapes).items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
     # The same checkpoint, evaluated by one process.
     again = caching.config(data, mode="evaluate", init_from=str(workdir))
     assert main.run(again, tmp_path / "again")

@@ -22,7 +22,14 @@ from tests.support.training import FIVE, RATES, VISION, program, run
 WITHIN = 300  # seconds for a job on a busy machine
 
 
-def start(workdir, devices: int, moments: list[str], *flags: str) -> list[subprocess.Popen]:
+def vision(workdir) -> tuple[str, ...]:
+    """The command of a run whose model does not matter."""
+    return "tests.support.training", "--vision", str(workdir)
+
+
+def start(
+    workdir, devices: int, moments: list[str], command: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
     """Starts one process a moment, each with so many devices of its own."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -31,10 +38,10 @@ def start(workdir, devices: int, moments: list[str], *flags: str) -> list[subpro
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "tests.support.training", *flags, str(workdir)]
+    command = command or ("tests.support.training", str(workdir))
     return [
         subprocess.Popen(
-            [*command, moment, coordinator, str(len(moments)), str(number)],
+            [sys.executable, "-m", *command, moment, coordinator, str(len(moments)), str(number)],
             env=os.environ | cache | {"XLA_FLAGS": programs.flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -74,9 +81,21 @@ def alone(tmp_path_factory):
     return losses(workdir), parameters(workdir, FIVE)
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.soak)])
-def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices):
-    codes, said = finish(start(tmp_path, devices, ["five"] * count))
+ORDERS = ("interleaved", "reversed", "random")
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "order"),
+    [
+        (2, 4, "random"),
+        *(pytest.param(2, 4, order, marks=pytest.mark.soak) for order in ("", *ORDERS[:2])),
+        *(pytest.param(4, 2, order, marks=pytest.mark.soak) for order in ("", *ORDERS)),
+    ],
+)
+def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devices, order):
+    training = ("tests.support.training", str(tmp_path))
+    command = ("tests.support.device_orders", order, *training) if order else training
+    codes, said = finish(start(tmp_path, devices, ["five"] * count, command))
     assert codes == [0] * count, said
     expected_losses, expected = alone
     np.testing.assert_allclose(losses(tmp_path), expected_losses, atol=1e-5)
@@ -84,17 +103,34 @@ def test_five_steps_agree_with_those_of_one_process(tmp_path, alone, count, devi
         np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("count", "devices", "shuffles"),
+    [(2, 4, 2), *(pytest.param(*each, 10, marks=pytest.mark.soak) for each in ((2, 4), (4, 2)))],
+)
+def test_rows_are_where_they_belong_in_every_order(tmp_path, count, devices, shuffles):
+    """Batches, captions, weights and votes, on meshes with and without fsdp."""
+    job = start(tmp_path, devices, [str(shuffles)] * count, ("tests.support.placing",))
+    try:
+        said = [process.communicate(timeout=WITHIN) for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    assert [process.returncode for process in job] == [0] * count, said
+    # Three meshes in each of the orders.
+    assert [out.count("checked: ") for out, _ in said] == [3 * (2 + shuffles)] * count
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Parameters of two processes that nothing happened to."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    codes, said = finish(start(workdir, 1, ["never"] * 2, "--vision"))
+    codes, said = finish(start(workdir, 1, ["never"] * 2, vision(workdir)))
     assert codes == [0, 0], said
     return parameters(workdir, RATES, VISION)
 
 
 def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterrupted):
-    job = start(tmp_path, 1, ["never", "step"], "--vision")
+    job = start(tmp_path, 1, ["never", "step"], vision(tmp_path))
     job[1].wait(WITHIN)
     died = time.monotonic()
     codes, said = finish(job)
@@ -102,16 +138,16 @@ def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterru
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, os.EX_TEMPFAIL)
     assert "lost contact" in said[0] or "heartbeat" in said[0].lower(), said[0]
-    codes, said = finish(start(tmp_path, 1, ["never"] * 2, "--vision"))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2, vision(tmp_path)))
     assert codes == [0, 0], said
     for name, value in parameters(tmp_path, RATES, VISION).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path, uninterrupted):
-    codes, said = finish(start(tmp_path, 1, ["never", "term"], "--vision"))
+    codes, said = finish(start(tmp_path, 1, ["never", "term"], vision(tmp_path)))
     assert codes == [os.EX_TEMPFAIL] * 2, said
-    codes, said = finish(start(tmp_path, 1, ["never"] * 2, "--vision"))
+    codes, said = finish(start(tmp_path, 1, ["never"] * 2, vision(tmp_path)))
     assert codes == [0, 0], said
     for name, value in parameters(tmp_path, RATES, VISION).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)

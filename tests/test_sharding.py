@@ -15,7 +15,15 @@ def test_minus_one_takes_the_remaining_devices():
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 3}, {"fsdp": 8}, {"data": -1, "fsdp": -1}, {"data": -1, "model": 2}]
+    "axes",
+    [
+        {"data": 3},
+        {"fsdp": 8},
+        {"data": -1, "fsdp": -1},
+        {"data": -1, "model": 2},
+        {"data": -2, "fsdp": -4},
+        {"data": 0, "fsdp": -1},
+    ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(axes):
     with pytest.raises(UserError, match=r"config\.mesh"):
@@ -38,6 +46,12 @@ def test_batches_are_split_by_rows_and_arrive_in_order():
         assert host is original and device.fbank is None
         np.testing.assert_array_equal(device.frames, original.frames)
         assert {s.data.shape[0] for s in device.frames.addressable_shards} == {2}
+
+
+def test_a_batch_that_does_not_divide_is_not_cut():
+    mesh = sharding.make_mesh({"data": -1})
+    with pytest.raises(ValueError, match="partitioned 8 times"):
+        sharding.put_batch(synthetic.clips(0, 12), mesh)
 
 
 def test_prefetch_stays_ahead_and_no_further():

@@ -136,19 +136,24 @@ def test_the_order_depends_on_the_seed_only(train, tokenizer):
     assert one == same != other
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_same_batches(train, tokenizer, process_count):
+# Which rows of a global batch each process reads: blocks in order, and as on a TPU slice.
+SHARES = [
+    lambda rows: np.split(rows, 2),
+    lambda rows: np.split(rows, 4),
+    lambda rows: [rows[::2], rows[1::2]],
+    lambda rows: [rows[rows % 4 % 3 == 0], rows[rows % 4 % 3 != 0]],
+]
+
+
+@pytest.mark.parametrize("cut", SHARES)
+def test_processes_share_the_same_batches(train, tokenizer, cut):
     whole = batches(train, tokenizer, stop=10, fields=EVERYTHING)
-    shares = [
-        batches(train, tokenizer, stop=10, fields=EVERYTHING, process_index=p,
-                process_count=process_count)
-        for p in range(process_count)
-    ]  # fmt: skip
-    for step, batch in enumerate(whole):
-        for name in set(batch._fields) - FROM_A_CACHE:
-            array = getattr(batch, name)
-            together = np.concatenate([getattr(share[step], name) for share in shares])
-            np.testing.assert_array_equal(together, array, err_msg=name)
+    for share in cut(np.arange(16)):
+        own = batches(train, tokenizer, stop=10, fields=EVERYTHING, share=share)
+        for part, batch in zip(own, whole, strict=True):
+            for name in set(batch._fields) - FROM_A_CACHE | {"caption_index"}:
+                expected = getattr(batch, name)[share]
+                np.testing.assert_array_equal(getattr(part, name), expected, err_msg=name)
 
 
 @pytest.mark.parametrize("start", [1, 8, 11])
@@ -199,42 +204,37 @@ def test_nothing_left_to_do(train, tokenizer):
     assert batches(train, tokenizer, start=5, stop=5) == []
 
 
-@pytest.mark.parametrize("process_count", [1, 2])
-def test_clips_for_embedding(test_split, tokenizer, process_count):
-    shares = [
+@pytest.mark.parametrize("cut", [lambda rows: [rows], *SHARES])
+def test_clips_for_embedding(test_split, tokenizer, cut):
+    shares = cut(np.arange(4))
+    parts = [
         list(
             pipeline.clip_batches(
                 test_split, batch_size=4, max_words=12, sound=True, speech=True,
-                tokenizer=tokenizer, process_index=p, process_count=process_count,
+                tokenizer=tokenizer, share=share,
             )
         )
-        for p in range(process_count)
+        for share in shares
     ]  # fmt: skip
-    assert {len(share) for share in shares} == {2}
-    found = [
-        [np.concatenate(arrays) for arrays in zip(*(s[step][:2] for s in shares), strict=True)]
-        for step in range(2)
-    ]
-    index = np.concatenate([share[step].index for step in range(2) for share in shares])
-    assert index.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
-    assert found[1][0].shape == (4, 4, 32, 32, 3)
-    assert found[1][1].any(axis=1).all()  # what fills up is a clip like others: no empty mask
-    for batch in (batch for share in shares for batch in share):
-        assert batch.caption_ids is None and batch.teacher_video is None
-        for row, its_index in enumerate(batch.index):
-            if its_index >= 0:
-                assert batch.has_audio[row] == test_split.has_audio[its_index]
-                assert batch.fbank[row].any() == test_split.has_audio[its_index]
+    assert {len(part) for part in parts} == {2}
+    index = np.full((2, 4), -2)
+    for share, part in zip(shares, parts, strict=True):
+        for step, batch in enumerate(part):
+            index[step, share] = batch.index
+            assert batch.frames.shape == (len(share), 4, 32, 32, 3)
+            # What fills up is a clip like others: no empty mask.
+            assert batch.frame_mask.any(axis=1).all()
+            assert batch.caption_ids is None and batch.teacher_video is None
+            for row, its_index in enumerate(batch.index):
+                if its_index >= 0:
+                    assert batch.has_audio[row] == test_split.has_audio[its_index]
+                    assert batch.fbank[row].any() == test_split.has_audio[its_index]
+    assert index.tolist() == [[0, 1, 2, 3], [4, -1, -1, -1]]
 
 
-def test_batches_that_cannot_be(train, tokenizer):
+def test_batches_that_cannot_be(train):
     with pytest.raises(UserError, match=r"batch of 141 .* found 140 captions of 7 clips"):
         pipeline.steps_per_epoch(train, 141)
-    with pytest.raises(UserError, match="multiple of 3"):
-        batches(train, tokenizer, stop=1, process_count=3)
-    with pytest.raises(UserError, match="multiple of 2"):
-        pipeline.clip_batches(train, batch_size=5, max_words=12, sound=False, speech=False,
-                              tokenizer=tokenizer, process_count=2)  # fmt: skip
 
 
 def test_frames_stored_as_jpeg(miniature, tmp_path, train, tokenizer):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from save_jax import sharding
 from save_jax.batch import Batch
 from save_jax.evaluate import EvaluationSet
 from save_jax.models.ast import ASTConfig
@@ -66,8 +67,10 @@ def rows(batch: Batch, order: np.ndarray) -> Batch:
 
 
 def share(order: np.ndarray) -> np.ndarray:
-    """This process's part of a global batch, as the input pipeline cuts it."""
-    return np.array_split(order, jax.process_count())[jax.process_index()]
+    """This process's rows of a global batch, as `save_jax.data` has them read."""
+    if jax.process_count() == 1:
+        return order
+    return order[sharding.process_rows(sharding.make_mesh({"data": -1}), len(order))]
 
 
 def training_set(batch_size: int, data: Batch | None = None) -> TrainingSet:
