@@ -207,6 +207,16 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     )
 
 
+def place(value: np.ndarray | np.generic, where: jax.sharding.Sharding) -> jax.Array:
+    """Puts a host array that every process holds whole where a sharding says, shard by shard.
+
+    No device but its own sees a shard. `jax.device_put` would compare the values of all processes,
+    array by array.
+    """
+    array = np.asarray(value)
+    return jax.make_array_from_callback(array.shape, where, lambda i: np.asarray(array[i]))
+
+
 def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:
     """Returns the shapes and shardings of `put_batch`'s result; nothing is copied."""
     sharding = batch_sharding(mesh)

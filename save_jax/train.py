@@ -19,7 +19,7 @@ from save_jax.errors import NonFiniteLossError
 from save_jax.meter import Meter, Plan
 from save_jax.models import save
 from save_jax.objectives import LossConfig
-from save_jax.optimizer import OptimizerConfig
+from save_jax.optimizer import Hyperparameters, OptimizerConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import say
 
@@ -42,15 +42,16 @@ class TrainingSet(NamedTuple):
 
 def _initialise(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int
-) -> tuple[Structure, Callable[[], TrainState]]:
+) -> tuple[Structure, Callable[[Hyperparameters], TrainState]]:
     """Returns the model's structure, and a function that makes a fresh state."""
     structure, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
     tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
-    def init() -> TrainState:
+    def init(hyperparameters: Hyperparameters) -> TrainState:
         _, params = parameters.split(save.create(model, seed))
         trained, frozen = optimizer.partition(params, optimizer_config)
-        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, trained, frozen, tx.init(trained), hyperparameters)
 
     return structure, init
 
@@ -60,7 +61,7 @@ def abstract_state(
 ) -> tuple[Structure, TrainState]:
     """Returns the shapes and shardings of a state; nothing is computed."""
     structure, init = _initialise(model, optimizer_config, seed=0)
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(init, Hyperparameters.of(optimizer_config))
     return structure, jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
@@ -73,8 +74,9 @@ def create_state(
 ) -> tuple[Structure, TrainState]:
     """Creates a fresh state on the mesh; a function of the seed only, not of the mesh."""
     structure, init = _initialise(model, optimizer_config, seed)
-    places = sharding.tree_shardings(jax.eval_shape(init), structure.stacked, mesh)
-    return structure, jax.jit(init, out_shardings=places)()  # made on their devices
+    numbers = Hyperparameters.of(optimizer_config)
+    places = sharding.tree_shardings(jax.eval_shape(init, numbers), structure.stacked, mesh)
+    return structure, jax.jit(init, out_shardings=places)(numbers)  # made on their devices
 
 
 def make_train_step(
@@ -90,14 +92,13 @@ def make_train_step(
 
     Args:
         structure: of the model.
-        optimizer_config: rates and schedule.
+        optimizer_config: which groups train; rates and schedule are the state's.
         loss_config: constants of the losses.
         mesh: devices.
         micro_batch: clips, over all devices, that are encoded at a time; 0 = all of the batch. The
             losses are of the whole batch either way, and so is the gradient; less memory is paid
             for with a second forward pass of what trains (gradient caching, `save_jax.microbatch`).
     """
-    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
     def loss_fn(
         trained: parameters.Parameters, frozen: parameters.Parameters, batch: Batch
@@ -129,6 +130,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with sharding.on_mesh(mesh):
             grads, losses = jax.grad(loss_fn, has_aux=True)(state.trained, state.frozen, batch)
+        tx = optimizer.make_optimizer(optimizer_config, structure.stacked, state.hyperparameters)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = cast(Parameters, optax.apply_updates(state.trained, updates))
         if "clip.logit_scale" in trained:
@@ -140,7 +142,8 @@ def make_train_step(
             "soft_albef": losses.soft_albef,
             "grad_norm": optimizer.global_norm(grads),
         }
-        return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
+        done = state._replace(step=state.step + 1, trained=trained, opt_state=opt_state)
+        return done, scalars
 
     return train_step
 
