@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from save_jax import cache, optimizer, resume, sharding, train
+from save_jax import cache, compilation, optimizer, resume, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
 from save_jax.data import open_splits
@@ -34,6 +34,7 @@ def run(
     """
     configuration.check(config)
     configuration.set_matmul_precision(config)
+    compilation.use_cache(config["compilation_cache"])
     model = configuration.model_config(config)
     rates = configuration.optimizer_config(config, total_steps=1)
     mesh = sharding.make_mesh(config["mesh"])
