@@ -72,6 +72,10 @@ def get_config() -> ConfigDict:
     # Compute dtype: "float32" or "bfloat16" (NVIDIA: since Ampere); parameters stay float32.
     config.dtype = "float32"
 
+    # Compiled programs, for the next start: a directory that other users may not write to, or a
+    # bucket; "" compiles each time. JAX_COMPILATION_CACHE_DIR, if set, is used instead.
+    config.compilation_cache = "~/.cache/save_jax/compiled"
+
     config.batch_size = 128  # global: over all devices of all hosts
     # Clips encoded at once, over all devices; 0: the whole batch. The same result in less memory,
     # plus the outputs of frozen encoders: 3.7 MB per clip in float32, 1.9 MB in bfloat16.

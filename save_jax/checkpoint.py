@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from save_jax import files
 from save_jax.errors import OutageError, UserError, is_outage
+from save_jax.optimizer import Hyperparameters
 from save_jax.parameters import Parameters
 
 DIRECTORY = "checkpoints"  # within a workdir
@@ -40,12 +41,14 @@ class TrainState(NamedTuple):
         step: int32 scalar, updates done.
         trained, frozen: parameters by name, disjoint.
         opt_state: of the trained parameters.
+        hyperparameters: the optimiser's numbers; in no checkpoint, because the config has them.
     """
 
     step: jax.Array
     trained: Parameters
     frozen: Parameters
     opt_state: optax.OptState
+    hyperparameters: Hyperparameters
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
         opt_state=jax.tree.unflatten(
             jax.tree.structure(like.opt_state), [tree["optimizer"][name] for name in names]
         ),
+        hyperparameters=like.hyperparameters,
     )
 
 
@@ -111,7 +115,7 @@ class Checkpoints:
             )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads a checkpoint into the shapes and shardings of `like`.
+        """Reads a checkpoint into the shapes and shardings of `like`, whose hyperparameters stay.
 
         Raises:
             UserError: it holds another architecture, or cannot be read.

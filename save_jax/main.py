@@ -18,6 +18,7 @@ from absl import flags, logging
 from save_jax import (
     checkpoint,
     cli,
+    compilation,
     distributed,
     evaluate,
     files,
@@ -64,6 +65,7 @@ def run(
         config = resume.as_trained(config, workdir, explicit)
     configuration.check(config)
     configuration.set_matmul_precision(config)
+    compilation.use_cache(config["compilation_cache"])
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_sizes(config, mesh)
 

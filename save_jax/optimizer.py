@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,6 +17,8 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.98, 1e-6
 MAX_NORM, NORM_EPSILON = 1.0, 1e-6
 WARMUP = 0.1  # of all steps
 MAX_LOGIT_SCALE = math.log(100)
+
+Number = float | np.floating | jax.Array
 
 GROUPS = ("clip", "clip_stem", "ast", "ast_norm", "new", "query_tokens")
 
@@ -80,7 +82,59 @@ def partition(parameters: Parameters, config: OptimizerConfig) -> tuple[Paramete
     return trained, {k: v for k, v in parameters.items() if k not in trained}
 
 
-def schedule(peak: float, total_steps: int) -> optax.Schedule:
+class Pace(NamedTuple):
+    """The schedule's numbers, float32 scalars.
+
+    Attributes:
+        warmup: steps of the warm-up, perhaps not a whole number.
+        rise: what each step of the warm-up adds, as a share of the peak.
+        angle: radians of the cosine that each step goes on.
+    """
+
+    warmup: Number
+    rise: Number
+    angle: Number
+
+    @classmethod
+    def of(cls, total_steps: int) -> "Pace":
+        """Returns the numbers of a schedule of so many steps."""
+        # A step multiplies by what is divided here, in float32: what a device's compiler makes of a
+        # division is its own affair, and at x = 0.1 that would matter.
+        step = 1 / np.float32(total_steps)
+        rise, angle = step * (1 / np.float32(WARMUP)), np.float32(np.pi) * step
+        return cls(np.float32(WARMUP * total_steps), rise, angle)
+
+
+class Hyperparameters(NamedTuple):
+    """The optimiser's numbers, float32 scalars: arguments of the compiled step.
+
+    Runs that differ in nothing else share one program, as those of a sweep do. Which groups train
+    is part of the program.
+
+    Attributes:
+        peaks: peak learning rate by group, of the groups that train.
+        weight_decay: of every trained group.
+        pace: of the schedule.
+    """
+
+    peaks: Mapping[str, Number]
+    weight_decay: Number
+    pace: Pace
+
+    @classmethod
+    def of(cls, config: OptimizerConfig) -> "Hyperparameters":
+        """Returns a config's numbers, in host memory."""
+        peaks = {name: np.float32(config.rate(name)) for name in GROUPS if config.rate(name)}
+        return cls(peaks, np.float32(config.weight_decay), Pace.of(config.total_steps))
+
+
+def _rate(step: Any, peak: Number, pace: Pace, library: Any) -> Any:
+    """Returns the learning rate at a step, computed by `jax.numpy` or by `numpy`."""
+    cosine = (1 + library.cos(step * pace.angle)) / 2
+    return peak * library.where(step < pace.warmup, step * pace.rise, cosine)
+
+
+def schedule(peak: Number, pace: Pace) -> optax.Schedule:
     """Makes the schedule: linear warm-up over the first tenth, then half a cosine over *all* steps.
 
     With x = step/total: peak·x/0.1 while x < 0.1, else peak·(1 + cos πx)/2. Steps count from 0, so
@@ -88,10 +142,7 @@ def schedule(peak: float, total_steps: int) -> optax.Schedule:
     """
 
     def rate(step: jax.Array | int) -> jax.Array:
-        x = step / total_steps
-        # Compared in steps: XLA's division by a constant is inexact, and at x = 0.1 that matters.
-        warming_up = step < WARMUP * total_steps
-        return peak * jnp.where(warming_up, x / WARMUP, (1 + jnp.cos(jnp.pi * x)) / 2)
+        return _rate(step, peak, pace, jnp)
 
     return cast(optax.Schedule, rate)  # of integers; its type would have it take complex numbers
 
@@ -160,42 +211,46 @@ def is_decayed(name: str) -> bool:
 
 
 def make_optimizer(
-    config: OptimizerConfig, stacked: Collection[str]
+    config: OptimizerConfig,
+    stacked: Collection[str],
+    numbers: Hyperparameters | None = None,
 ) -> optax.GradientTransformation:
     """Makes the optimiser of the trained parameters (see `partition`), a flat dictionary by name.
 
     Args:
-        config: rates, decay and schedule.
+        config: which groups train, and the numbers where `numbers` gives none.
         stacked: names of the parameters that have a leading layer axis.
+        numbers: in a compiled function, arguments of it; None = the config's, as constants.
     """
+    peaks, weight_decay, pace = Hyperparameters.of(config) if numbers is None else numbers
 
     def decayed(tree: Any) -> dict[str, bool]:
         return {name: is_decayed(name) for name in tree}
 
-    def group(rate: float) -> optax.GradientTransformation:
+    def group(peak: Number) -> optax.GradientTransformation:
         return optax.chain(
             scale_by_bert_adam(),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.scale_by_learning_rate(schedule(rate, config.total_steps)),
+            optax.add_decayed_weights(cast(jax.Array, weight_decay), mask=decayed),
+            optax.scale_by_learning_rate(schedule(peak, pace)),
         )
 
     return optax.chain(
         clip_by_global_norm(),
         clip_by_tensor_norm(stacked),
         optax.multi_transform(
-            {name: group(config.rate(name)) for name in GROUPS if config.rate(name)},
+            {name: group(peaks[name]) for name in GROUPS if config.rate(name)},
             lambda tree: {name: group_of(name) for name in tree},
         ),
     )
 
 
 def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
-    """Returns the rate of each trained group at the update that follows `step` updates."""
-    return {
-        name: float(np.asarray(schedule(config.rate(name), config.total_steps)(step)))
-        for name in GROUPS
-        if config.rate(name)
-    }
+    """Returns the rate of each trained group at the update that follows `step` updates.
+
+    It is computed by the host: a device would do it after the steps that it was given before.
+    """
+    peaks, _, pace = Hyperparameters.of(config)
+    return {name: float(_rate(np.int32(step), peak, pace, np)) for name, peak in peaks.items()}
 
 
 def describe(parameters: Parameters, config: OptimizerConfig) -> str:

@@ -17,7 +17,7 @@ from save_jax.progress import say, warn
 
 # Keys that may change when a run is resumed: they do not touch its result.
 FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
-FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
+FREE_KEYS += ("model.remat", "model.attention", "cache.dir", "compilation_cache")
 
 FROM_SCRATCH = 1e-5  # a lower peak rate is one for pretrained weights, or 0
 RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
@@ -119,21 +119,23 @@ def initial_state(
     Raises:
         UserError: a checkpoint or config.init_from cannot be read, or does not fit the model.
     """
-    structure, state = train.create_state(model, rates, config["seed"], mesh)
-    say(optimizer.describe({**state.trained, **state.frozen}, rates))
+    structure, like = train.abstract_state(model, rates, mesh)
+    params = {**like.trained, **like.frozen}
+    say(optimizer.describe(params, rates))
     step = checkpoints.latest_step()
     if step is not None:
-        state = checkpoints.restore(step, state)
+        numbers = train.place_hyperparameters(rates, mesh)
+        state = checkpoints.restore(step, like._replace(hyperparameters=numbers))
         say(f"resuming from checkpoint {step} of {rates.total_steps} in {checkpoints.workdir}")
-    elif config["init_from"]:
-        current = {**state.trained, **state.frozen}
-        loaded = load_weights(config, model, current, trust_archive=trust_archive)
-        trained, frozen = optimizer.partition(loaded, rates)
-        state = state._replace(trained=trained, frozen=frozen)
+        return structure, state, step
+    given: Parameters = {}
+    if config["init_from"]:
+        given = load_weights(config, model, params, trust_archive=trust_archive)
     else:
         say(RANDOM.format(seed=config["seed"]))
         _warn_of_slow_encoders(model, rates)
-    return structure, state, step
+    _, state = train.create_state(model, rates, config["seed"], mesh, given)
+    return structure, state, None
 
 
 def _warn_of_slow_encoders(model: SAVEConfig, rates: OptimizerConfig) -> None:
@@ -165,25 +167,25 @@ def evaluated_parameters(
     Raises:
         UserError: they cannot be read, do not fit the model, or are not all there.
     """
-    structure, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
+    structure, like = train.abstract_state(model, optimizer.ALL_FROZEN, mesh)
     source = config["init_from"]
     if not source or checkpoint.is_ours(source):
         found = checkpoint.find(source or workdir)
-        step, params = checkpoint.load_parameters(found, state.frozen)
+        step, params = checkpoint.load_parameters(found, like.frozen)
         return structure, params, step, str(found)
-    params = load_weights(config, model, state.frozen, complete=True, trust_archive=trust_archive)
+    params = load_weights(config, model, like.frozen, complete=True, trust_archive=trust_archive)
     return structure, params, 0, source
 
 
 def load_weights(
     config: dict[str, Any],
     model: SAVEConfig,
-    current: Parameters,
+    like: Parameters,
     *,
     complete: bool = False,
     trust_archive: bool = False,
 ) -> Parameters:
-    """Returns all parameters: those that config.init_from holds, the rest as in `current`.
+    """Returns the parameters that config.init_from holds, each where the abstract one is.
 
     Prints how the model differs from that of the run that the weights are from.
 
@@ -194,22 +196,35 @@ def load_weights(
     from save_jax.weights.files import recognise
 
     source = config["init_from"]
-    loaded = weights.load(source, model, current, trust_archive=trust_archive)
-    say("\n".join(loaded.notes))
-    for part, origin in weights.parse(source):
-        where, found = recognise.recorded_config(origin) or ("", None)
-        if found is None:
+    sources = weights.parse(source)
+    if len(sources) == 1 and not sources[0][0] and _is_whole_run(sources[0][1], like):
+        # Restored shard by shard: no process reads what only others need.
+        step, loaded = checkpoint.load_parameters(sources[0][1], like)
+        say(f"{source}: all {len(loaded)} arrays of a run, after its step {step}")
+    else:
+        found = weights.load(source, model, like, trust_archive=trust_archive)
+        say("\n".join(found.notes))
+        if complete and found.absent:
+            raise UserError(
+                f"{source} lacks {len(found.absent)} of the model's arrays, {found.absent[0]} "
+                "first: evaluate it with the config of the model that it holds"
+            )
+        loaded = Parameters()
+        for name, value in found.parameters.items():
+            loaded[name] = sharding.global_array(np.asarray(value), like[name].sharding)
+    for part, origin in sources:
+        where, its = recognise.recorded_config(origin) or ("", None)
+        if its is None:
             continue
-        trained = recorded.deciding(found, where)
+        trained = recorded.deciding(its, where)
         for key, (here, there) in recorded.differences(config, trained, part).items():
             say(f"{key}: {here!r} in the config, {there!r} in {where}, where the weights are from")
-    if complete and loaded.absent:
-        raise UserError(
-            f"{source} lacks {len(loaded.absent)} of the model's arrays, {loaded.absent[0]} first: "
-            "evaluate it with the config of the model that it holds"
-        )
-    placed = {
-        name: sharding.global_array(np.asarray(value), current[name].sharding)
-        for name, value in loaded.parameters.items()
-    }
-    return current | placed
+    return loaded
+
+
+def _is_whole_run(source: str, like: Parameters) -> bool:
+    """Says whether a source is a checkpoint of ours with exactly these arrays."""
+    if not checkpoint.is_ours(source):
+        return False
+    found = checkpoint.parameter_shapes(source)
+    return {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in like.items()}

@@ -19,7 +19,7 @@ from save_jax.errors import NonFiniteLossError
 from save_jax.meter import Meter, Plan
 from save_jax.models import save
 from save_jax.objectives import LossConfig
-from save_jax.optimizer import OptimizerConfig
+from save_jax.optimizer import Hyperparameters, OptimizerConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import say
 
@@ -40,27 +40,25 @@ class TrainingSet(NamedTuple):
     clip_name: Callable[[int], str]
 
 
-def _initialise(
-    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int
-) -> tuple[Structure, Callable[[], TrainState]]:
-    """Returns the model's structure, and a function that makes a fresh state."""
-    structure, _ = parameters.split(nnx.eval_shape(lambda: save.create(model, seed)))
-    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
-
-    def init() -> TrainState:
-        _, params = parameters.split(save.create(model, seed))
-        trained, frozen = optimizer.partition(params, optimizer_config)
-        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained))
-
-    return structure, init
+def _abstract(
+    model: save.SAVEConfig, optimizer_config: OptimizerConfig
+) -> tuple[Structure, TrainState]:
+    """Returns the model's structure, and the shapes of a state."""
+    structure, params = parameters.split(nnx.eval_shape(lambda: save.create(model, seed=0)))
+    trained, frozen = optimizer.partition(params, optimizer_config)
+    moments = optimizer.make_optimizer(optimizer_config, structure.stacked).init
+    numbers = Hyperparameters.of(optimizer_config)
+    state = TrainState(
+        cast(jax.Array, np.int32(0)), trained, frozen, jax.eval_shape(moments, trained), numbers
+    )
+    return structure, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 def abstract_state(
     model: save.SAVEConfig, optimizer_config: OptimizerConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Structure, TrainState]:
     """Returns the shapes and shardings of a state; nothing is computed."""
-    structure, init = _initialise(model, optimizer_config, seed=0)
-    shapes = jax.eval_shape(init)
+    structure, shapes = _abstract(model, optimizer_config)
     return structure, jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
@@ -68,13 +66,53 @@ def abstract_state(
     )
 
 
+def place_hyperparameters(
+    optimizer_config: OptimizerConfig, mesh: jax.sharding.Mesh
+) -> Hyperparameters:
+    """Returns an optimiser's numbers on the mesh."""
+    everywhere = sharding.replicated(mesh)
+    numbers = Hyperparameters.of(optimizer_config)
+    return jax.tree.map(lambda x: sharding.place(x, everywhere), numbers)
+
+
 def create_state(
-    model: save.SAVEConfig, optimizer_config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh
+    model: save.SAVEConfig,
+    optimizer_config: OptimizerConfig,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    given: Parameters | None = None,
 ) -> tuple[Structure, TrainState]:
-    """Creates a fresh state on the mesh; a function of the seed only, not of the mesh."""
-    structure, init = _initialise(model, optimizer_config, seed)
-    places = sharding.tree_shardings(jax.eval_shape(init), structure.stacked, mesh)
-    return structure, jax.jit(init, out_shardings=places)()  # made on their devices
+    """Creates a fresh state on the mesh, each shard on its device.
+
+    Args:
+        model: what the parameters are of.
+        optimizer_config: which of them train, and the optimiser's numbers.
+        seed: alone decides the random values; the mesh, and what is given, do not.
+        mesh: devices.
+        given: parameters by name, on the mesh, which need no random values.
+    """
+    given = given or {}
+    structure, like = abstract_state(model, optimizer_config, mesh)
+    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.trained.items()}
+    absent = [name for name in {**like.trained, **like.frozen} if name not in given]
+
+    def init(seed: jax.Array) -> tuple[Parameters, optax.OptState]:
+        made = parameters.split(save.create(model, jax.random.key(seed)))[1] if absent else {}
+        return {name: made[name] for name in absent}, tx.init(shapes)
+
+    places = jax.tree.map(lambda x: x.sharding, like)
+    params = {**places.trained, **places.frozen}
+    compiled = jax.jit(init, out_shardings=({k: params[k] for k in absent}, places.opt_state))
+    made, opt_state = compiled(np.asarray(seed).astype(np.int32))  # any seed has one program
+    trained, frozen = optimizer.partition({**made, **given}, optimizer_config)
+    return structure, TrainState(
+        sharding.place(np.int32(0), places.step),
+        {name: trained[name] for name in like.trained},
+        {name: frozen[name] for name in like.frozen},
+        opt_state,
+        place_hyperparameters(optimizer_config, mesh),
+    )
 
 
 def make_train_step(
@@ -90,14 +128,13 @@ def make_train_step(
 
     Args:
         structure: of the model.
-        optimizer_config: rates and schedule.
+        optimizer_config: which groups train; rates and schedule are the state's.
         loss_config: constants of the losses.
         mesh: devices.
         micro_batch: clips, over all devices, that are encoded at a time; 0 = all of the batch. The
             losses are of the whole batch either way, and so is the gradient; less memory is paid
             for with a second forward pass of what trains (gradient caching, `save_jax.microbatch`).
     """
-    tx = optimizer.make_optimizer(optimizer_config, structure.stacked)
 
     def loss_fn(
         trained: parameters.Parameters, frozen: parameters.Parameters, batch: Batch
@@ -129,6 +166,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with sharding.on_mesh(mesh):
             grads, losses = jax.grad(loss_fn, has_aux=True)(state.trained, state.frozen, batch)
+        tx = optimizer.make_optimizer(optimizer_config, structure.stacked, state.hyperparameters)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = cast(Parameters, optax.apply_updates(state.trained, updates))
         if "clip.logit_scale" in trained:
@@ -140,7 +178,8 @@ def make_train_step(
             "soft_albef": losses.soft_albef,
             "grad_norm": optimizer.global_norm(grads),
         }
-        return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
+        done = state._replace(step=state.step + 1, trained=trained, opt_state=opt_state)
+        return done, scalars
 
     return train_step
 

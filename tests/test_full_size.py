@@ -78,7 +78,9 @@ def whole_model():
     """The reference and our structure and parameters, all in float32; gone after the test."""
     theirs = reference.SAVE(SIZES)
     graphdef, expected = small.abstract(small.config(SIZES))
-    started = from_torch(table.TABLE, small.numpy_state(theirs), small.shapes(expected))
+    started = small.on_device(
+        from_torch(table.TABLE, small.numpy_state(theirs), small.shapes(expected))
+    )
     yield theirs, graphdef, started
     gc.collect()
     jax.clear_caches()

@@ -191,7 +191,7 @@ def test_a_rate_of_zero_freezes_its_group(model):
 
 
 def test_schedule_by_hand():
-    rate = optimizer.schedule(2.0, 100)
+    rate = optimizer.schedule(2.0, optimizer.Pace.of(100))
     cosine = {step: 1 + math.cos(math.pi * step / 100) for step in (10, 50, 75, 99)}
     for step, expected in {0: 0.0, 1: 0.2, 5: 1.0, 9: 1.8, **cosine}.items():
         np.testing.assert_allclose(rate(step), expected, atol=1e-6)
@@ -202,7 +202,7 @@ def test_schedule_by_hand():
 @pytest.mark.parametrize("total", [1, 7, 30, 50, 110, 7030])
 def test_schedule_equals_the_reference_when_compiled(total):
     """Step total/10 is the first of the cosine, also where total/10·(1/total) rounds below 0.1."""
-    rate = jax.jit(optimizer.schedule(1.0, total))
+    rate = jax.jit(optimizer.schedule(1.0, optimizer.Pace.of(total)))
     for step in {0, 1, total // 10 - 1, total // 10, total // 10 + 1, total - 1}:
         if 0 <= step < total:
             expected = reference.learning_rate(1.0, step, total)

@@ -204,7 +204,7 @@ def trace_programs(
     sharding.check_batch_sizes(config, mesh)
     model = configuration.model_config(config, devices)
     loss = configuration.loss_config(config)
-    # The number of steps is a constant of the program; without data, an epoch's is unknown.
+    # The number of steps is an argument of the program; without data, an epoch's is unknown.
     rates = configuration.optimizer_config(config, config["steps"] or 1)
     structure, state = train.abstract_state(model, rates, mesh)
     step = train.jit_train_step(

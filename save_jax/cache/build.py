@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from save_jax import cache, optimizer, resume, sharding, train
+from save_jax import cache, compilation, optimizer, resume, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import writing
 from save_jax.data import open_splits
 from save_jax.errors import UserError
+from save_jax.parameters import Parameters
 from save_jax.progress import say
 
 SHOWN_PARTS = ", ".join(cache.PARTS)
@@ -34,6 +35,7 @@ def run(
     """
     configuration.check(config)
     configuration.set_matmul_precision(config)
+    compilation.use_cache(config["compilation_cache"])
     model = configuration.model_config(config)
     rates = configuration.optimizer_config(config, total_steps=1)
     mesh = sharding.make_mesh(config["mesh"])
@@ -44,12 +46,12 @@ def run(
     names = splits or [config["data"]["train_split"], config["data"]["eval_split"]]
     opened = {name: data.to_cache(name, parts) for name in dict.fromkeys(names)}
 
-    _, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh)
+    given: Parameters = {}
     if config["init_from"]:
-        params = resume.load_weights(config, model, state.frozen, trust_archive=trust_archive)
+        given = resume.load_weights(config, model, abstract.frozen, trust_archive=trust_archive)
     else:
-        params = state.frozen
         say(resume.RANDOM.format(seed=config["seed"]))
+    _, state = train.create_state(model, optimizer.ALL_FROZEN, config["seed"], mesh, given)
     for name, (split, batches) in opened.items():
         trains = name == config["data"]["train_split"]
         writing.write(
@@ -58,7 +60,7 @@ def run(
             batches,
             model=model,
             structure=structure,
-            params=params,
+            params=state.frozen,
             parts=[part for part in parts if trains or part not in cache.ONLY_TRAINING],
             dtype=dtype,
             mesh=mesh,

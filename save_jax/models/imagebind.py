@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -204,7 +204,7 @@ def abstract(config: ImageBindConfig) -> tuple[params.Structure, params.Paramete
 
 def make_embed(
     config: ImageBindConfig,
-    load: Callable[[], params.Parameters],
+    load: Callable[[], Mapping[str, np.ndarray | jax.Array]],
     devices: Sequence[Any] | None = None,
 ) -> Embed:
     """Compiles the towers for this process's devices, one clip per device at a time.

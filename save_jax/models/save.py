@@ -282,8 +282,13 @@ def copy_clip_into_fusion(model: SAVE) -> None:
             nnx.update(getattr(layer, part), jax.tree.map(lambda a: jnp.copy(a[:depth]), source))
 
 
-def create(config: SAVEConfig, seed: int) -> SAVE:
-    """Makes a model with random encoders and the new parts copied from CLIP's text tower."""
+def create(config: SAVEConfig, seed: int | Array) -> SAVE:
+    """Makes a model with random encoders and the new parts copied from CLIP's text tower.
+
+    Args:
+        config: sizes and branches.
+        seed: of the random values, or the key that `jax.random.key` makes of it.
+    """
     model = SAVE(config, nnx.Rngs(params=seed))
     copy_clip_into_fusion(model)
     return model

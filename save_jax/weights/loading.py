@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,13 +22,13 @@ class Loaded(NamedTuple):
     """What sources gave.
 
     Attributes:
-        parameters: float32 arrays by our names, some or all of the model's.
+        parameters: float32 arrays by our names, in host memory, some or all of the model's.
         absent: names of the model's parameters that no source gave and none is copied into.
         notes: what happened, line by line, for the user.
         names: PyTorch's name, as the (last) file spelled it -> dtype there.
     """
 
-    parameters: dict[str, jax.Array]
+    parameters: dict[str, np.ndarray]
     absent: tuple[str, ...]
     notes: tuple[str, ...]
     names: Mapping[str, str]
@@ -93,7 +92,7 @@ def read(
                     f"parameters: {tables.listing(twice)}. Name the part to take from each: "
                     "clip=…,ast=…"
                 )
-    parameters: dict[str, jax.Array] = {}
+    parameters: dict[str, np.ndarray] = {}
     notes: list[str] = []
     names: dict[str, str] = {}
     for one, shapes, fitted in plans:
@@ -232,7 +231,7 @@ def _spelled(source: Source, shapes: Mapping[str, tables.Shape]) -> dict[str, st
     return result
 
 
-def _start_from_clip(parameters: dict[str, jax.Array], expected: Mapping[str, Any]) -> list[str]:
+def _start_from_clip(parameters: dict[str, np.ndarray], expected: Mapping[str, Any]) -> list[str]:
     """Copies CLIP's text tower into the new parts that no source gave; see spec section 7."""
     if "clip.text.positional_embedding" not in parameters:
         return []
@@ -255,6 +254,5 @@ def _start_from_clip(parameters: dict[str, jax.Array], expected: Mapping[str, An
                     "widths equal"
                 )
     for name, text in new.items():
-        # Copies, because two parameters that share a buffer cannot both be donated.
-        parameters[name] = jnp.array(parameters[text][: expected[name].shape[0]])
+        parameters[name] = parameters[text][: expected[name].shape[0]]
     return list(new)

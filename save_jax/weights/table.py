@@ -158,8 +158,8 @@ def from_torch(
     state: State,
     expected: Mapping[str, Shape],
     source: str = "the checkpoint",
-) -> dict[str, jax.Array]:
-    """Turns PyTorch's state into our parameters, in float32.
+) -> dict[str, np.ndarray]:
+    """Turns PyTorch's state into our parameters, in float32, in host memory.
 
     Nothing is read before all names and shapes are known to fit, and then tensor by tensor: of a
     state whose tensors are read on demand, one at a time is in memory.
@@ -199,11 +199,7 @@ def from_torch(
             )
             + ". Give a file that was saved from this model, or a config that fits the file."
         )
-    return {
-        # A copy: the caller's arrays may change under us.
-        ours: jnp.array(_read(table.row(ours), state, shape))
-        for ours, shape in expected.items()
-    }
+    return {ours: _read(table.row(ours), state, shape) for ours, shape in expected.items()}
 
 
 def to_torch(table: Table, parameters: State) -> dict[str, np.ndarray]:

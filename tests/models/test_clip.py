@@ -73,7 +73,7 @@ def build(vision_layers: int, text_layers: int):
     graphdef, expected = params.split(
         nnx.eval_shape(lambda: CLIP(config, dtype=FLOAT32, rngs=nnx.Rngs(params=0)))
     )
-    ours = from_torch(table.TABLE, openai_names(theirs), small.shapes(expected))
+    ours = small.on_device(from_torch(table.TABLE, openai_names(theirs), small.shapes(expected)))
     return theirs, graphdef, ours
 
 

@@ -42,7 +42,8 @@ def pair(config: ImageBindConfig):
     """The reference, and our parameters out of its state."""
     theirs = reference.ImageBind(sizes(config)).eval()
     _, expected = imagebind.abstract(config)
-    return theirs, from_torch(table.TABLE, small.numpy_state(theirs), small.shapes(expected))
+    ours = from_torch(table.TABLE, small.numpy_state(theirs), small.shapes(expected))
+    return theirs, small.on_device(ours)
 
 
 def clips(config: ImageBindConfig, count: int, frames: int, pieces: int):

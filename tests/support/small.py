@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -74,6 +75,10 @@ def numpy_state(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in module.state_dict().items()}
 
 
+def on_device(parameters: dict[str, np.ndarray]) -> params.Parameters:
+    return jax.tree.map(jnp.asarray, parameters)
+
+
 def shapes(parameters: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in parameters.items()}
 
@@ -84,7 +89,7 @@ def pair(
     """The reference in float64, and our model with its weights."""
     theirs = reference.SAVE(sizes, seed)
     graphdef, expected = abstract(config(sizes, dtype))
-    ours = from_torch(table.TABLE, numpy_state(theirs), shapes(expected))
+    ours = on_device(from_torch(table.TABLE, numpy_state(theirs), shapes(expected)))
     return theirs.double(), graphdef, ours
 
 

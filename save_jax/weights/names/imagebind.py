@@ -2,14 +2,13 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from save_jax.errors import UserError
 from save_jax.models import imagebind
 from save_jax.models.imagebind import ImageBindConfig
-from save_jax.parameters import Parameters
 from save_jax.weights import table
 from save_jax.weights.files import recognise
 from save_jax.weights.table import (
@@ -88,7 +87,7 @@ TABLE = Table(
 )
 
 
-def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
+def load(path: pathlib.Path, config: ImageBindConfig) -> dict[str, np.ndarray]:
     """Reads both towers out of a published checkpoint (PyTorch's or safetensors, by contents).
 
     Raises:
@@ -97,12 +96,12 @@ def load(path: pathlib.Path, config: ImageBindConfig) -> Parameters:
     _, expected = imagebind.abstract(config)
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     tensors = recognise.read_file(path, trust_archive=False)
-    return {**table.from_torch(TABLE, tensors, shapes, source=str(path))}
+    return table.from_torch(TABLE, tensors, shapes, source=str(path))
 
 
 def loader(
     path: str, config: ImageBindConfig = imagebind.VARIANTS["huge"]
-) -> Callable[[], Parameters]:
+) -> Callable[[], Mapping[str, np.ndarray]]:
     """Returns a function that reads a checkpoint when called, for `models.imagebind.make_embed`.
 
     Args:
