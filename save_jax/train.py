@@ -72,7 +72,7 @@ def place_hyperparameters(
     """Returns an optimiser's numbers on the mesh."""
     everywhere = sharding.replicated(mesh)
     numbers = Hyperparameters.of(optimizer_config)
-    return jax.tree.map(lambda x: sharding.place(x, everywhere), numbers)
+    return jax.tree.map(lambda x: sharding.global_array(np.asarray(x), everywhere), numbers)
 
 
 def create_state(
@@ -107,7 +107,7 @@ def create_state(
     made, opt_state = compiled(np.asarray(seed).astype(np.int32))  # any seed has one program
     trained, frozen = optimizer.partition({**made, **given}, optimizer_config)
     return structure, TrainState(
-        sharding.place(np.int32(0), places.step),
+        sharding.global_array(np.asarray(0, np.int32), places.step),
         {name: trained[name] for name in like.trained},
         {name: frozen[name] for name in like.frozen},
         opt_state,
