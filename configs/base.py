@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
             "eval_split": "test",
             "max_frames": batch.MAX_FRAMES,  # F
             "max_words": batch.MAX_WORDS,  # L, tokens of a caption and of a transcript
-            "tokenizer": "",  # directory or hub id of a CLIP tokenizer; "": the one installed
+            "tokenizer": "",  # directory or hub id[@revision] of a CLIP tokenizer; "": the packaged
         }
     )
 

@@ -135,7 +135,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--whisper",
         default="large-v3",
-        help="Whisper's model id or directory; default: %(default)s",
+        help="Whisper's model id, or id@revision, or directory; default: %(default)s",
     )
     add("--translate", action="store_true", help="have Whisper translate to English")
     add("--imagebind", default="", help="imagebind_huge.pth, to compute missing teacher vectors")

@@ -7,6 +7,7 @@ the filterbank be mixed in one experiment. Whatever changes the stored arrays is
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -20,6 +21,7 @@ CONFIG_KEYS = {
     "fbank_frames": "config.model.ast.fbank_frames",
     "mel_bins": "config.model.ast.mel_bins",
 }
+JPEG_QUALITY = 95
 # Fields of a recipe that data_pipelines.prepare has no flag for.
 NO_FLAGS = ("mel_bins", "teacher_size", "version")
 
@@ -41,7 +43,7 @@ class Recipe:
         image_size: height and width of a stored frame, in pixels.
         max_frames: F, the most frames kept per clip.
         frames_per_second: candidate frames per second of video; at most `max_frames` are kept.
-        encoding: "jpeg" (quality 95) or "raw" (a frame's bytes), how a frame is stored.
+        encoding: "jpeg" (JPEG_QUALITY) or "raw" (a frame's bytes), how a frame is stored.
         fbank_frames: T, filterbank frames per clip; the frame shift is duration / T.
         mel_bins: M, mel bins.
         teacher_size: length of a teacher vector.
@@ -65,6 +67,30 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Reads what `to_json` wrote."""
         return cls(**json.loads(text))
+
+    def describe(self) -> dict[str, Any]:
+        """Describes how a clip's arrays are made, for the record of a run or an evaluation.
+
+        What `version` stands for is described in words; spec section 1 has its constants.
+        """
+        return {
+            "version": self.version,
+            "frames": {
+                "rule": "index s·max(1, int(fps / per_second)); of more than most, evenly spaced",
+                "per_second": self.frames_per_second,
+                "most": self.max_frames,
+                "fit": "short side resized, bicubic; centre crop",
+                "size": self.image_size,
+                "encoding": self.encoding,
+                "quality": JPEG_QUALITY if self.encoding == "jpeg" else None,
+            },
+            "filterbank": {
+                "kind": "Kaldi's log-Mel, as AST's; shift of duration / frames",
+                "frames": self.fbank_frames,
+                "mel_bins": self.mel_bins,
+            },
+            "teacher_size": self.teacher_size,
+        }
 
     def check(self, expected: dict[str, int | str], where: str, *, of_config: bool = False) -> None:
         """Raises UserError naming every field in which `expected` differs from this recipe.

@@ -40,6 +40,7 @@ class Split:
         has_audio: bool [clips].
         has_teacher: bool [clips].
         content: digest of its records; "" = prepared by a version that took none.
+        speech: source of the transcripts: "file", "none" or "whisper MODEL".
     """
 
     name: str
@@ -52,6 +53,7 @@ class Split:
     has_audio: np.ndarray
     has_teacher: np.ndarray
     content: str = ""
+    speech: str = ""
 
     @property
     def num_clips(self) -> int:
@@ -107,6 +109,7 @@ def open_split(
     recipe.check(expected_recipe, str(directory), of_config=True)
     index = _read_index(directory, split)
     paths = _record_paths(directory, split)
+    facts = metadata(directory)
     return Split(
         name=split,
         recipe=recipe,
@@ -117,7 +120,8 @@ def open_split(
         transcripts=[entry["transcript"] for entry in index],
         has_audio=np.array([entry["has_audio"] for entry in index], bool),
         has_teacher=np.array([entry["has_teacher"] for entry in index], bool),
-        content=metadata(directory).get("content", {}).get(split, ""),
+        content=facts.get("content", {}).get(split, ""),
+        speech=facts.get("transcripts", ""),
     )
 
 

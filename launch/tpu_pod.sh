@@ -239,7 +239,8 @@ all() {
     esac
     now=$(state)
     echo "the run ended with exit code $code, the slice is $now"
-    # A run also ends with 1 when another host is lost; but not twice in a row on a READY slice.
+    # 1 is a fault of the run itself: hosts that lose another end with 75. It is tried once more, as
+    # a host that is being preempted may break down first; but not twice in a row on a READY slice.
     if [[ $now == READY && $code == 1 ]]; then broken=$((broken + 1)); else broken=0; fi
     if ((broken == 2)); then exit 1; fi
   done

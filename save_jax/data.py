@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from save_jax import cache, evaluate, optimizer, recorded, sharding, train
+from save_jax import cache, coverage, evaluate, optimizer, recorded, sharding, train
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
@@ -47,6 +47,7 @@ class Splits:
         self._tokenizer = Tokenizer(data["tokenizer"])
         self._splits: dict[str, Any] = {}
         self._caches: dict[str, cache.Cache] = {}
+        self._digests: dict[str, str] = {}
 
     def _open(self, split: str) -> Any:
         data = self._config["data"]
@@ -113,14 +114,32 @@ class Splits:
 
         The order of training, and what it sees, follow from these and the config.
         """
-        return {
-            split.name: cache.digest(
+        return {split.name: self._digest(split) for split in self._splits.values()}
+
+    def _digest(self, split: Any) -> str:
+        if split.name not in self._digests:
+            self._digests[split.name] = cache.digest(
                 self._content(split),
                 *(text for texts in (*split.captions, *split.groups) for text in texts),
                 *map(str, map(len, split.captions)),
                 *split.transcripts,
             )
-            for split in self._splits.values()
+        return self._digests[split.name]
+
+    def provenance(self) -> dict[str, Any]:
+        """Describes the open splits for a run's record: how they were made, and their digests."""
+        split = next(iter(self._splits.values()))  # all are of one directory
+        return {**self._made(split), "digests": self.contents()}
+
+    def _made(self, split: Any) -> dict[str, Any]:
+        """Describes what made a split's arrays and ids."""
+        data = self._config["data"]
+        return {
+            "dataset": data["dataset"],
+            "variant": data["variant"],
+            "recipe": split.recipe.describe(),
+            "transcripts": split.speech,
+            "vocabulary": self._tokenizer.digest(),
         }
 
     def to_cache(
@@ -183,7 +202,11 @@ class Splits:
         return found.lay_over(batches, facts)
 
     def training(self) -> train.TrainingSet:
-        """Opens the training split."""
+        """Opens the training split.
+
+        Raises:
+            UserError: it cannot be used, or has nothing for a branch that is switched on.
+        """
         split = self._open(self._config["data"]["train_split"])
         directory = self._config["cache"]["dir"]
         if directory and not cache.has_split(directory, split.name):
@@ -193,9 +216,9 @@ class Splits:
                 f"--init_from=… --out={directory}`, or leave config.cache.dir empty."
             )
 
-        aligned = bool(self._config["loss"]["soft_albef_weight"])
-        if aligned:
-            _report_teacher(split)
+        say(coverage.line(self._splits.values()))
+        if left_out := coverage.check_training(split, self._config):
+            say(left_out)
 
         def batches(start_step: int, total_steps: int) -> Iterator[Batch]:
             read = self._pipeline.train_batches(
@@ -204,7 +227,8 @@ class Splits:
                 seed=self._config["seed"],
                 start_step=start_step,
                 total_steps=total_steps,
-                teacher=aligned and "teacher" not in self._cached_parts(split),
+                teacher=bool(self._config["loss"]["soft_albef_weight"])
+                and "teacher" not in self._cached_parts(split),
                 share=self._share(self._config["batch_size"]),
                 **self._reading(split),
             )
@@ -218,8 +242,14 @@ class Splits:
         return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
 
     def evaluation(self) -> evaluate.EvaluationSet:
-        """Opens the evaluation split."""
+        """Opens the evaluation split, and warns of what its results will not show.
+
+        Raises:
+            UserError: it cannot be used, has no captions, or was made as no run can be evaluated.
+        """
         split = self._open(self._config["data"]["eval_split"])
+        if self._config["mode"] == "evaluate":
+            say(coverage.line([split]))
         table = self._stored.caption_table(split)
         clips = counted(split.num_clips, "clip")
         if not table.texts:
@@ -230,6 +260,18 @@ class Splits:
                 "again, or evaluate another split: --config.data.eval_split=NAME"
             )
         max_words = self._config["data"]["max_words"]
+        data = {
+            **self._made(split),
+            "digest": self._digest(split),
+            "clips_with": coverage.percentages(split),
+        }
+        trained_on = self._config.get(recorded.PROVENANCE, {}).get("data", {})
+        warnings = [
+            *coverage.lacking(split, self._model),
+            *recorded.differences_of_data(split.name, data, trained_on),
+        ]
+        for words in warnings:
+            warn(words)
 
         def batches() -> Iterator[Batch]:
             size = self._config["eval_batch_size"]
@@ -246,7 +288,7 @@ class Splits:
             self._tokenizer(table.texts, max_words),
             table.video_rows,
             table.groups,
-            recorded.protocol(self._config),
+            recorded.protocol(self._config, self._model.attention, data, warnings),
         )
 
 
@@ -259,34 +301,6 @@ def open_splits(config: dict[str, Any]) -> Splits:
     if config["data"]["dataset"] == "demo":
         _prepare_demo(config)
     return Splits(config)
-
-
-def _report_teacher(split: Any) -> None:
-    """Says for how many clips of a training split soft-ALBEF has no labels, and warns of none.
-
-    Such clips take no part in that loss (spec section 6), which is 0 where all are such.
-    """
-    with_sound, usable = split.has_audio, split.has_audio & split.has_teacher
-    silent, lacking = int((~with_sound).sum()), int((with_sound & ~split.has_teacher).sum())
-    clips = counted(split.num_clips, "clip")
-    if (silent or lacking) and usable.sum() < 2:
-        why = [f"{silent} {_has(silent)} no audio track"] * bool(silent)
-        why += [f"{lacking} {_has(lacking)} sound but not the teacher's vectors"] * bool(lacking)
-        warn(
-            f"soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
-            f"{clips} in the split {split.name!r}, {' and '.join(why)}. "
-            "To train SAVE as published, prepare the data again with the teacher's vectors "
-            "(python -m data_pipelines.prepare … --imagebind=imagebind_huge.pth); to train "
-            "without them on purpose, set --config.loss.soft_albef_weight=0"
-        )
-    elif silent or lacking:
-        why = [f"{silent} without an audio track"] * bool(silent)
-        why += [f"{lacking} with sound but without the teacher's vectors"] * bool(lacking)
-        say(f"soft-ALBEF aligns {usable.sum()} of {clips}, and leaves out {' and '.join(why)}")
-
-
-def _has(number: int) -> str:
-    return "has" if number == 1 else "have"
 
 
 def _prepare_demo(config: dict[str, Any]) -> None:

@@ -6,19 +6,33 @@ command, computes on its own devices and reads its own share of the data.
 
 import contextlib
 import os
+import re
 import sys
+import time
+import traceback
 from collections.abc import Generator
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from save_jax import files, locks
-from save_jax.errors import UserError
+from save_jax.errors import UserError, report
 
 # Seconds without a sign of life after which a process counts as dead, and all the others stop.
 HEARTBEAT = 30
 SHUTDOWN = 60  # seconds that finished processes wait for those that still write
+# Seconds that process 0, which coordinates, lets the others end by themselves when the run breaks
+# down: JAX aborts them as soon as it is gone, and their own code and message would be lost.
+LAST = 5
+# How XLA says that another process does not answer: its statuses, and what transports report.
+_UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+_TRANSPORT = re.compile(
+    r"gloo.*(connection|connect timeout|timed out|read error|write error)|"
+    r"nccl.*(remote process exited|remote error|network error|connection)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def cluster() -> str:
@@ -103,31 +117,73 @@ def hold(workdir: files.Path) -> Generator[None, None, None]:
 
 
 @contextlib.contextmanager
-def exit_if_peer_lost() -> Generator[None, None, None]:
-    """Exits with code 1 and one message when a collective fails because another process died.
+def exit_alone() -> Generator[None, None, None]:
+    """Ends this process, of several, with its own exit code when an exception leaves it.
 
-    The others' results will never come; waiting for them at exit would only hang.
+    The code says which process failed: its own (1, with the traceback, or as `errors.exit_codes`
+    has it), or 75 where it has only lost another (`exit_if_peer_lost`). An ordinary exit would wait
+    for the others, which wait for this process, until JAX aborts all of them with one code.
+    """
+    try:
+        with exit_if_peer_lost():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        code = report(error)
+        if code is None:
+            traceback.print_exc()
+            code = 1
+        _leave(code)
+
+
+@contextlib.contextmanager
+def exit_if_peer_lost() -> Generator[None, None, None]:
+    """Exits with code 75, after the traceback, when a collective fails because a process is gone.
+
+    75 is the code of what the same command resumes, and of a machine's outage: nothing is wrong
+    with this process, and the restart goes on from the last checkpoint. Enter it after all that
+    waits for the other processes when it is left, such as a checkpoint's writer: the lost one's
+    answer will never come. Where JAX learns of the loss first, from its heartbeats, it ends the
+    process with SIGABRT (134) itself.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # An error of this process alone is not for us; ValueError is how gloo's reach us at times.
-        if jax.process_count() == 1 or not _is_communication(error):
+        if jax.process_count() == 1 or not _lost_peer(error):
             raise
+        traceback.print_exc()
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} lost contact with "
-            f"another, which has probably died (see its own output): {_first_line(error)}\n"
+            f"interrupted: process {jax.process_index()} of {jax.process_count()} lost contact "
+            "with another, which has ended or cannot be reached; its own output says why: "
+            f"{_first_line(error)}\n"
             "Stopped. The same command, for all processes, resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        _leave(os.EX_TEMPFAIL)
 
 
-def _is_communication(error: Exception) -> bool:
-    text = str(error).lower()
-    signs = ("gloo", "connection", "nccl", "unavailable", "deadline", "heartbeat", "peer", "coord")
-    return any(sign in text for sign in signs)
+def _leave(code: int) -> NoReturn:
+    """Ends this process without waiting for the others."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        sys.stdout.flush()
+    if jax.process_index() == 0:
+        time.sleep(LAST)
+    os._exit(code)
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Says whether an error is that of a collective, or of a barrier, whose peer is gone.
+
+    Words such as "peer" or "connection" alone do not tell: this process's own errors have them too.
+    """
+    text = str(error)
+    # XLA and the coordination service begin with the status. An error of Python's that begins so
+    # is none of theirs; but gloo's reach us as ValueErrors at times.
+    status = text.partition(":")[0]
+    of_xla = isinstance(error, jax.errors.JaxRuntimeError)
+    return (of_xla and status in _UNREACHABLE) or bool(_TRANSPORT.search(text))
 
 
 def _first_line(error: Exception) -> str:

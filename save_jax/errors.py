@@ -112,35 +112,46 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 if sys.stdout is not None:
                     sys.stdout.flush()  # at the exit, it would be too late to handle what it raises
                 return code
-        except UserError as error:
-            return _end("error", error, 2)
-        except NonFiniteLossError as error:
-            return _end("error", error, 1)
-        except OutageError as error:
-            return _end("interrupted", error, os.EX_TEMPFAIL)
-        except KeyboardInterrupt:
-            message = "what was done is kept, and the same command resumes"
-            return _end("interrupted", message, os.EX_TEMPFAIL)
-        except BrokenPipeError:
-            if not _silence_unread():
+        except (Exception, KeyboardInterrupt) as error:
+            code = report(error)
+            if code is None:
                 raise
-            return 128 + signal.SIGPIPE
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                message = f"{error}. Make room there, and run the same command again to resume."
-                return _end("error", message, 2)
-            ours = isinstance(error, OSError) and error.errno in _OF_THE_PROGRAM
-            if ours or not is_outage(error) or isinstance(error, MemoryError):
-                raise
-            message = (
-                f"{error}. That is the fault of this machine, its network or a store: when it "
-                "works again, run the same command again to resume."
-            )
-            return _end("interrupted", message, os.EX_TEMPFAIL)
+            return code
         finally:
             _silence_unread()
 
     return run
+
+
+def report(error: BaseException) -> int | None:
+    """Prints what an exception that ends a command means, and returns the exit code.
+
+    Returns:
+        The code, see `exit_codes`; None, and nothing is printed, for a fault of ours, whose
+        traceback is wanted.
+    """
+    if isinstance(error, UserError):
+        return _end("error", error, 2)
+    if isinstance(error, NonFiniteLossError):
+        return _end("error", error, 1)
+    if isinstance(error, OutageError):
+        return _end("interrupted", error, os.EX_TEMPFAIL)
+    if isinstance(error, KeyboardInterrupt):
+        message = "what was done is kept, and the same command resumes"
+        return _end("interrupted", message, os.EX_TEMPFAIL)
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE if _silence_unread() else None
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        message = f"{error}. Make room there, and run the same command again to resume."
+        return _end("error", message, 2)
+    ours = isinstance(error, OSError) and error.errno in _OF_THE_PROGRAM
+    if ours or not is_outage(error) or isinstance(error, MemoryError):
+        return None
+    message = (
+        f"{error}. That is the fault of this machine, its network or a store: when it works "
+        "again, run the same command again to resume."
+    )
+    return _end("interrupted", message, os.EX_TEMPFAIL)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def _train(
     # ----------------------------------------------------------------------------------- data
     splits = open_splits(config)
     evaluation, training = splits.evaluation(), splits.training()
-    resume.check_same_data(contents := splits.contents(), workdir)
+    resume.check_same_data(splits.contents(), workdir)
     plan = Plan.of(config, training.steps_per_epoch)
 
     # ---------------------------------------------------------------------------------- state
@@ -100,10 +100,12 @@ def _train(
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
         if jax.process_index() == 0:
-            recorded.write(config, workdir, contents)
+            start = {"step": resumed or 0, "steps": plan.total_steps, "mesh": dict(mesh.shape)}
+            recorded.write(config, workdir, splits.provenance(), start)
         writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train
+        closing.enter_context(distributed.exit_if_peer_lost())
         step = train.make_train_step(structure, rates, loss, mesh, config["micro_batch"])
         evaluator = evaluate.Evaluator(
             structure, mesh, config["eval_batch_size"], loss.local_weight
@@ -181,7 +183,7 @@ def main(argv: list[str]) -> int:
     """Parses the command line, joins the other processes if any, and runs; returns the exit code.
 
     0: complete. 1: training broke down. 2: a mistake in what the user gave us. 75: interrupted by
-    a signal, with a checkpoint; the same command resumes.
+    a signal, with a checkpoint, or another process is lost; the same command resumes.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     line = cli.parse(argv, __doc__, _define)
@@ -189,7 +191,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
     workdir = files.path(line.flags.workdir)
     cli.join_processes(line.flags)
-    with distributed.exit_if_peer_lost():
+    with distributed.exit_alone():
         complete = run(
             line.config, workdir, trust_archive=line.flags.trust_archive, explicit=line.explicit
         )

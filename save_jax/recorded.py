@@ -1,19 +1,41 @@
-"""The config that a run was started with, and how it differs from another."""
+"""What a run was started with: its config, data and code, and how they differ from another's."""
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from configs import base
-from save_jax import files
-from save_jax.config import SIZED, sizes_of
+from save_jax import files, provenance
+from save_jax.config import SIZED, model_config, sizes_of
 from save_jax.errors import UserError
 
-CONTENTS = "data.json"  # digests of the splits that a run reads, in its workdir
 RECORDED = "config.json"  # within a workdir
+# A key of config.json that is none of the config's: "data", what the run reads (see
+# `data.Splits.provenance`), and "starts", what computed it from which step on.
+PROVENANCE = "provenance"
+CONTENTS = "data.json"  # where earlier versions kept the digests of the splits that a run reads
 EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written there by a run's launcher
-EXECUTION = ("remat", "attention")  # of model: how it is computed, which does not touch the result
+# Keys of the config, or sections, that may change when a run is resumed, and why each cannot change
+# what is trained. A key counts as one that matters until it is here.
+FREE = {
+    "mode": "what is done with the run",
+    "init_from": "not read by a run that has a checkpoint; before that, it counts",
+    "data.dir": "data are known by their digests; of a run that has recorded none, it counts",
+    "eval_batch_size": "each clip and caption is embedded by itself",
+    "eval_every": "evaluation changes no parameter",
+    "checkpoint_every": "a state is the same whether it is saved or not",
+    "log_every": "lines of progress",
+    "mesh": "losses and gradient are of the global batch, on whatever devices",
+    "micro_batch": "losses and gradient are of the whole batch, in however many parts",
+    "model.remat": "what is recomputed in the backward pass",
+    "model.attention": "the kernel that computes the same function",
+    "cache.dir": "a cache holds what would be computed, and is refused if it does not",
+    "compilation_cache": "where compiled programs are kept",
+}
+# Of these, the model's: how it is computed.
+EXECUTION = tuple(key.removeprefix("model.") for key in FREE if key.startswith("model."))
+ABSENT = "(absent)"  # stands for the value of a key that there is not
 INPUTS = ("max_words", "max_frames", "tokenizer")  # of data: how the model reads texts and videos
 # What results depend on, and an evaluation chooses for itself.
 EVALUATIONS_OWN = ("dtype", "data.dataset", "data.variant", "data.eval_split")
@@ -50,22 +72,89 @@ def read(path: files.Path) -> dict[str, Any]:
 
 
 def write(
-    config: Mapping[str, Any], workdir: files.Path, contents: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    workdir: files.Path,
+    data: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> None:
-    """Records the config that a run starts with, and its data; not again, where the run has them.
+    """Records the config that a run starts with and, under PROVENANCE, its data and its starts.
 
-    How an earlier start of the run has ended is true no longer, and removed.
+    The config and the data are those of the first start. Of later ones, that is recorded in which
+    they differ from the one before: devices, versions, keys of the config that may change. How an
+    earlier start of the run has ended is true no longer, and removed.
 
     Args:
         config: the run's config.
         workdir: the run's directory.
-        contents: a digest of each split that it reads (`data.Splits.contents`).
+        data: what it reads (`data.Splits.provenance`).
+        start: from which step it is computed, and how.
     """
     if not files.is_remote(workdir):  # a launcher writes it to a disk
         (workdir / EXIT_FILE).unlink(missing_ok=True)
-    for name, value in ((RECORDED, config), (CONTENTS, contents)):
-        if value is not None and not (workdir / name).exists():
-            files.write(workdir / name, json.dumps(value, indent=2) + "\n")
+    path = workdir / RECORDED
+    before = read(path) if path.exists() else {}
+    found = before or dict(config)
+    kept = dict(found.get(PROVENANCE, {}))
+    if data is not None:
+        kept.setdefault("data", data)
+    if start is not None:
+        there = {**flatten(base.get_config().to_dict()), **flatten(without_provenance(found))}
+        changed = {k: v for k, v in flatten(config).items() if there.get(k, ABSENT) != v}
+        kernel = model_config(config).attention
+        start = {**start, "attention": kernel, **provenance.environment(), "changed": changed}
+        starts = kept.get("starts", [])
+        if not starts or {**starts[-1], "step": start["step"]} != start:
+            kept["starts"] = [*starts, start]
+    found = {**found, PROVENANCE: kept} if kept else found
+    if found != before:
+        files.write(path, json.dumps(found, indent=2) + "\n")
+
+
+def without_provenance(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what config.json has of the config itself."""
+    return {key: value for key, value in recorded.items() if key != PROVENANCE}
+
+
+def digests(workdir: files.Path) -> dict[str, str]:
+    """Returns the digest of each split that a run began with; empty if it has recorded none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path = workdir / RECORDED
+    data = (read(path) if path.exists() else {}).get(PROVENANCE, {}).get("data", {})
+    if not data and (workdir / CONTENTS).exists():
+        return read(workdir / CONTENTS)
+    return data.get("digests", {})
+
+
+def resumable_differences(
+    config: Mapping[str, Any], recorded: Mapping[str, Any], free: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys in which a config and a run's differ so that it cannot be resumed.
+
+    A key that one of them lacks has its default: it is newer than the run, which was trained so.
+
+    Args:
+        config: the config now.
+        recorded: the run's.
+        free: keys and sections that may differ, of FREE.
+
+    Returns:
+        Key -> the run's value, and the value now.
+    """
+    defaults = base.get_config().to_dict()
+    configs = [
+        {**defaults, **values, "model": {**defaults["model"], **values.get("model", {})}}
+        for values in (without_provenance(recorded), config)
+    ]
+    there, here = ({**flatten(defaults), **flat} for flat in _comparable(*configs))
+    return {
+        key: (there.get(key, ABSENT), here.get(key, ABSENT))
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key, ABSENT) != here.get(key, ABSENT)
+        and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    }
 
 
 def deciding(recorded: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -168,16 +257,15 @@ def differences(
         other: sections as `deciding` gives them.
         part: "clip" or "ast" for the sizes of that encoder alone.
     """
-    names = {key for key in SIZED if all(isinstance(c["model"][key], str) for c in (config, other))}
-    flat = []
-    for values in (config, other):
-        model = {k: v for k, v in values["model"].items() if k not in EXECUTION}
-        for key in SIZED.keys() - names:  # names of variants are compared as such, sizes one by one
-            sizes = sizes_of(f"model.{key}", model[key], *SIZED[key])
-            model[key] = dataclasses.asdict(sizes)
-        data = {key: values["data"][key] for key in INPUTS}
-        flat.append(flatten({"model": model, "loss": values["loss"], "data": data}))
-    here, there = flat
+    configs = (
+        {
+            "model": {k: v for k, v in values["model"].items() if k not in EXECUTION},
+            "loss": values["loss"],
+            "data": {key: values["data"][key] for key in INPUTS},
+        }
+        for values in (config, other)
+    )
+    here, there = _comparable(*configs)
     return {
         key: (here.get(key), there[key])
         for key in there
@@ -185,13 +273,73 @@ def differences(
     }
 
 
-def protocol(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what results depend on, besides weights and split: for metrics.json."""
+def _comparable(*configs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flattens configs; encoders are names of variants where all have names, else their sizes."""
+    flat = []
+    for values in configs:
+        model = dict(values["model"])
+        for key, kinds in SIZED.items():
+            if not all(isinstance(other["model"][key], str) for other in configs):
+                model[key] = dataclasses.asdict(sizes_of(f"model.{key}", model[key], *kinds))
+        flat.append(flatten({**values, "model": model}))
+    return flat
+
+
+def differences_of_data(split: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each way in which data differ from those that a run was trained on.
+
+    Sizes that do not fit the model are refused before, when a split is opened.
+
+    Args:
+        split: what is evaluated.
+        here: what made it, and its digest (see `data.Splits`).
+        there: the same of the run; empty, or without a key, where it has recorded none.
+
+    Raises:
+        UserError: texts would get other ids than the model has learnt.
+    """
+    if there.get("vocabulary", here["vocabulary"]) != here["vocabulary"]:
+        raise UserError(
+            "config.data.tokenizer: expected the vocabulary that the run was trained with, SHA-256 "
+            f"{there['vocabulary'][:12]}…, found {here['vocabulary'][:12]}…: texts would get other "
+            "ids than the model has learnt. Put the tokenizer's files back that were there then"
+        )
+    lines = []
+    made = [flatten({k: d.get(k, {}) for k in ("recipe", "transcripts")}) for d in (there, here)]
+    for key in made[0].keys() & made[1].keys():
+        was, now = (facts[key] for facts in made)
+        if was != now:
+            lines.append(
+                f"these data are not made as those that the run was trained on: {key} is {now!r} "
+                f"here, {was!r} there"
+            )
+    same = all(here[key] == there.get(key) for key in ("dataset", "variant"))
+    if same and there.get("digests", {}).get(split, here["digest"]) != here["digest"]:
+        lines.append(
+            f"the split {split!r} is not the one that the run had: it has other clips, captions or "
+            "transcripts, or was prepared in another way"
+        )
+    return sorted(lines)
+
+
+def protocol(
+    config: Mapping[str, Any], kernel: str, data: Mapping[str, Any], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """Returns what results depend on, besides weights and split: for metrics.json.
+
+    Args:
+        config: all of the evaluation's.
+        kernel: what config.model.attention means here.
+        data: what made the split, and its digest (see `data.Splits`).
+        warnings: what the results do not show, or in what the data differ from the run's.
+    """
     return {
-        "model": dict(config["model"]),
+        "model": {**config["model"], "attention": kernel},
         "loss": {"local_weight": config["loss"]["local_weight"]},
-        "data": {key: config["data"][key] for key in ("dataset", "variant", *INPUTS)},
+        "data": {**{key: config["data"][key] for key in INPUTS}, **data},
         "dtype": config["dtype"],
+        **provenance.environment(),
+        "warnings": list(warnings),
     }
 
 

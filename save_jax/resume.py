@@ -15,54 +15,61 @@ from save_jax.optimizer import OptimizerConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import say, warn
 
-# Keys that may change when a run is resumed: they do not touch its result.
-FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
-FREE_KEYS += ("model.remat", "model.attention", "cache.dir", "compilation_cache")
-
 FROM_SCRATCH = 1e-5  # a lower peak rate is one for pretrained weights, or 0
 RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"
 
 
 def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
-    """Raises UserError naming the keys in which the config of a workdir's run, if any, differs."""
+    """Checks that a run, if the workdir holds one, can be resumed with a config.
+
+    Raises:
+        UserError: a key differs that can change the result (all but `recorded.FREE`); names it.
+    """
     path = workdir / recorded.RECORDED
     if not path.exists():
         return
-    there, here = recorded.flatten(recorded.read(path)), recorded.flatten(config)
-    differing = [
-        f"  {key}: {there.get(key, '(absent)')!r} there, {here.get(key, '(absent)')!r} now"
-        for key in sorted(set(there) | set(here))
-        if key not in FREE_KEYS and there.get(key) != here.get(key)
-    ]
+    free = set(recorded.FREE)
+    if not checkpoint.is_ours(workdir):
+        free.remove("init_from")  # it would be read now
+    if not recorded.digests(workdir):
+        free.remove("data.dir")  # nothing else tells whether the data are the same
+    try:
+        differing = recorded.resumable_differences(config, recorded.read(path), free)
+    except UserError as error:  # a size that this version does not know
+        raise UserError(f"{path}: {error}") from error
     if differing:
+        lines = (
+            f"  {key}: {there!r} there, {now!r} now" for key, (there, now) in differing.items()
+        )
         raise UserError(
             f"{workdir} holds a run with another config (there: its config.json):\n"
-            + "\n".join(differing)
+            + "\n".join(lines)
             + "\nUse another --workdir, or the config it was started with."
         )
 
 
 def check_same_data(contents: Mapping[str, str], workdir: files.Path) -> None:
-    """Raises UserError naming the splits that are not those which a workdir's run began with.
+    """Checks that the splits are those which a workdir's run began with, wherever they lie.
 
     The order of training follows from the clips and captions there are: on other data, a run that
     resumes would be another run.
 
     Args:
         contents: a digest of each split (`data.Splits.contents`).
-        workdir: the run's directory; a run of an earlier version has recorded no digests.
+        workdir: the run's directory; a run of an earlier version may have recorded no digests.
+
+    Raises:
+        UserError: a split is another; names it.
     """
-    path = workdir / recorded.CONTENTS
-    if not path.exists():
-        return
-    began = recorded.read(path)
+    began = recorded.digests(workdir)
     changed = [name for name, found in contents.items() if began.get(name, found) != found]
     if changed:
         raise UserError(
             f"{workdir} holds a run that began with other data: since then, the split "
             f"{' and the split '.join(map(repr, changed))} was prepared anew from other clips, "
-            "captions or transcripts. Put the earlier data back; or use another --workdir, with "
-            f"--config.init_from={workdir} to start from this run's weights."
+            "captions or transcripts, or config.data.dir leads to another. Put the earlier data "
+            f"back; or use another --workdir, with --config.init_from={workdir} to start from this "
+            "run's weights."
         )
 
 
@@ -99,7 +106,8 @@ def as_trained(
     config, lines = recorded.as_trained(config, trained, where, explicit)
     for line in lines:
         say(line)
-    return config
+    # What the run was trained on, with which the data of this evaluation are compared.
+    return {**config, recorded.PROVENANCE: trained.get(recorded.PROVENANCE, {})}
 
 
 def initial_state(

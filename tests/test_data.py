@@ -5,29 +5,32 @@ import pytest
 from data_pipelines.prepare import prepare
 from data_pipelines.recipe import Recipe
 from save_jax.data import Splits
+from save_jax.errors import UserError
 from tests.support import caching, miniatures
 
 
 @pytest.mark.parametrize(
-    ("lacking", "warned", "told"),
+    ("lacking", "told", "refused"),
     [
-        (0, "", "soft-ALBEF aligns 4 of 5 clips, and leaves out 1 without an audio track\n"),
+        (0, "soft-ALBEF aligns 4 of 5 clips, and leaves out 1 without an audio track\n", ""),
         (
             1,
-            "",
             "soft-ALBEF aligns 3 of 5 clips, and leaves out 1 without an audio track and 1 with "
             "sound but without the teacher's vectors\n",
-        ),
-        (
-            4,
-            "warning: soft-ALBEF stays 0 in this run, and sound is not aligned with vision: of the "
-            "5 clips in the split 'train', 1 has no audio track and 4 have sound but not the "
-            "teacher's vectors. ",
             "",
         ),
+        (
+            3,
+            "",
+            "soft-ALBEF: it compares clips that have sound and the teacher's vectors, and has 1 (1 "
+            "without an audio track and 3 with sound but without the teacher's vectors). ",
+        ),
+        (4, "", "and has 0 (1 without an audio track and 4 with sound but without the teacher's"),
     ],
 )
-def test_training_says_for_how_many_clips_there_are_labels(tmp_path, capsys, lacking, warned, told):
+def test_training_says_for_how_many_clips_there_are_labels(
+    tmp_path, capsys, lacking, told, refused
+):
     root, out = tmp_path / "miniature", tmp_path / "prepared"
     miniatures.msrvtt(root, n_train=5, n_test=3)  # the fourth clip is silent
     for video in ("video0", "video1", "video2", "video4")[:lacking]:
@@ -36,13 +39,16 @@ def test_training_says_for_how_many_clips_there_are_labels(tmp_path, capsys, lac
     prepare("msrvtt", root=str(root), out=str(out), recipe=recipe, workers=1)
     capsys.readouterr()
 
-    Splits(caching.config(out)).training()
-    said = capsys.readouterr()
-    assert told in said.out and ("soft-ALBEF" in said.out) == bool(told)
-    assert said.err.startswith(warned) and ("soft-ALBEF" in said.err) == bool(warned)
-    if warned:
-        assert "--imagebind=imagebind_huge.pth" in said.err
-        assert "--config.loss.soft_albef_weight=0" in said.err
+    if refused:
+        with pytest.raises(UserError) as refusal:
+            Splits(caching.config(out)).training()
+        assert refused in str(refusal.value)
+        assert "--imagebind=imagebind_huge.pth" in str(refusal.value)
+        assert "--config.loss.soft_albef_weight=0" in str(refusal.value)
+    else:
+        Splits(caching.config(out)).training()
+        assert told in capsys.readouterr().out
 
+    capsys.readouterr()
     Splits(caching.config(out, loss__soft_albef_weight=0.0)).training()
     assert "soft-ALBEF" not in "".join(capsys.readouterr())

@@ -12,10 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 
 from save_jax import distributed
 from save_jax.checkpoint import load_parameters
-from save_jax.errors import UserError
+from save_jax.errors import NonFiniteLossError, OutageError, UserError
 from tests.support import programs, synthetic
 from tests.support.training import FIVE, RATES, VISION, program, run
 
@@ -136,12 +137,75 @@ def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterru
     codes, said = finish(job)
     assert time.monotonic() - died < 60
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, os.EX_TEMPFAIL)
-    assert "lost contact" in said[0] or "heartbeat" in said[0].lower(), said[0]
+    assert codes[0] == os.EX_TEMPFAIL, said[0]
+    assert "Traceback" in said[0] and "\ninterrupted: process 0 of 2 lost contact" in said[0]
     codes, said = finish(start(tmp_path, 1, ["never"] * 2, vision(tmp_path)))
     assert codes == [0, 0], said
     for name, value in parameters(tmp_path, RATES, VISION).items():
         np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("moment", "code", "message"),
+    [
+        ("error", 1, "ValueError: the connection of two peers: coordinates that are unavailable"),
+        ("mistake", 2, "error: /data/a: no such file on this host"),
+    ],
+)
+def test_a_process_that_fails_is_told_from_one_that_loses_it(tmp_path, moment, code, message):
+    codes, said = finish(start(tmp_path, 1, ["never", moment], vision(tmp_path)))
+    assert codes == [os.EX_TEMPFAIL, code], said
+    assert message in said[1] and ("Traceback" in said[1]) == (code == 1)
+    assert "lost contact" not in said[1] and "process 0 of 2 lost contact" in said[0]
+
+
+class Left(BaseException):
+    """The process has ended."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        # As gloo, NCCL and the coordination service say it.
+        (
+            JaxRuntimeError("UNKNOWN: Gloo AllGather failed: […] Connection closed by peer [::1]"),
+            75,
+        ),
+        (ValueError("UNKNOWN: Gloo AllReduce failed: […] Read error [::1]: reset by peer"), 75),
+        (JaxRuntimeError("INTERNAL: NCCL operation failed: remote process exited or there"), 75),
+        (JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service."), 75),
+        (JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: a"), 75),
+        # This process's own.
+        (ValueError("expected coordinates of a peer, and a connection: unavailable"), 1),
+        (ValueError("UNAVAILABLE: a word that begins a message of ours"), 1),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while a peer's deadline"), 1),
+        (JaxRuntimeError("INTERNAL: no coordinator of this kernel"), 1),
+        (NonFiniteLossError("step 3: loss = nan"), 1),
+        (UserError("no such file"), 2),
+        (OutageError("the store fails"), 75),
+        (KeyboardInterrupt(), 75),
+    ],
+)
+def test_how_a_process_of_several_ends(monkeypatch, capsys, error, code):
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(Left) as left, distributed.exit_alone():
+        raise error
+    said = capsys.readouterr().err
+    assert left.value.args == (code,)
+    lost = "lost contact with another" in said
+    assert lost == (code == 75 and isinstance(error, JaxRuntimeError | ValueError))
+    told = isinstance(error, UserError | OutageError | NonFiniteLossError | KeyboardInterrupt)
+    assert ("Traceback" in said and str(error) in said) != told
+
+
+def test_alone_an_error_passes():
+    with pytest.raises(ValueError, match="Gloo"), distributed.exit_alone():
+        raise ValueError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path, uninterrupted):

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from configs import base
-from save_jax import main, train
+from save_jax import evaluate, main, resume, train
 from save_jax import recorded as run_config
+from save_jax.data import Splits
 from save_jax.errors import UserError
 from save_jax.weights import __main__ as weights
 from save_jax.weights.files import recognise
@@ -111,12 +113,28 @@ def test_a_run_is_evaluated_as_it_was_trained(config, run, tmp_path):
     protocol = metrics["protocol"]
     assert protocol["model"]["sound_weight"] == 0.25 and protocol["model"]["audio_queries"] == 4
     assert protocol["loss"] == {"local_weight": 0.2} and protocol["dtype"] == "float32"
-    assert protocol["data"] == {
+    facts = protocol["data"]
+    assert {key: facts[key] for key in ("dataset", "variant", *run_config.INPUTS)} == {
         "dataset": "msrvtt",
         "variant": "9k",
         "max_words": 10,
         "max_frames": 4,
         "tokenizer": "",
+    }
+    assert facts["clips_with"] == {"sound": 66.7, "transcript": 33.3, "teacher": 66.7}
+    assert protocol["versions"]["jax"] == jax.__version__ and protocol["warnings"] == []
+    # And to its data and code, which the run has recorded.
+    recorded = json.loads((run / "config.json").read_text())["provenance"]
+    assert recorded["data"]["digests"]["test"] == facts["digest"]
+    for key in ("recipe", "transcripts", "vocabulary"):
+        assert recorded["data"][key] == facts[key]
+    assert facts["recipe"]["frames"]["size"] == 32 and facts["recipe"]["frames"]["quality"] == 95
+    (start,) = recorded["starts"]
+    assert (start["step"], start["steps"], start["changed"]) == (0, STEP, {})
+    assert start["attention"] == protocol["model"]["attention"] == "xla"
+    assert start["mesh"] == {"data": 1, "fsdp": 1}
+    assert {key: start[key] for key in ("git", "versions", "devices")} == {
+        key: protocol[key] for key in ("git", "versions", "devices")
     }
     assert protocol.pop("checkpoint") == f"{run}/checkpoints/{STEP}"
     assert at_its_end["protocol"].pop("checkpoint") == f"checkpoints/{STEP}"
@@ -193,6 +211,8 @@ def test_weights_taken_out_of_a_run_are_evaluated_as_the_config_says(config, run
 def test_safetensors_of_a_run_say_what_it_was_trained_as(config, run, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     assert weights.main(["export", str(run), "--format=safetensors", f"--out={file}"]) == 0
+    began = json.loads((run / "config.json").read_text())["provenance"]
+    assert recognise.recorded_config(str(file))[1]["provenance"] == began
     assert main.run(values(config, mode="evaluate", init_from=str(tmp_path)), tmp_path / "out")
     said = capsys.readouterr().out
     assert f"model.sound_weight: 0.5 in the config, 0.25 in {file}: the run's is used" in said
@@ -227,6 +247,49 @@ def test_a_run_that_starts_from_another_model_says_so(config, run, tmp_path, mon
             if line.endswith(f" in {run}/config.json, where the weights are from")
         }
         assert said == (keys | {"data.max_words"} if keys else set())
+
+
+def test_data_that_are_not_as_the_runs_are_told(config, run, tmp_path, capsys):
+    """In another place they may be the same, made in another way, or of a size that cannot be."""
+    from data_pipelines.preparation import prepare
+    from data_pipelines.recipe import Recipe
+
+    def evaluated(out) -> list[str]:
+        asked = values(config, mode="evaluate", data__dir=str(out))
+        evaluation = Splits(resume.as_trained(asked, run, ())).evaluation()
+        warnings = evaluate.protocol(evaluation, "x")["warnings"]
+        assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in warnings)
+        return warnings
+
+    shutil.copytree(config.parent / "prepared", tmp_path / "same")
+    capsys.readouterr()
+    assert evaluated(tmp_path / "same") == []
+
+    sizes = {"fbank_frames": 64, "max_frames": 4}
+    for out, recipe in (
+        ("denser", Recipe(image_size=32, **sizes, frames_per_second=2, encoding="raw")),
+        ("larger", Recipe(image_size=64, **sizes)),
+    ):
+        root = str(config.parent / "root")
+        prepare("msrvtt", root=root, out=str(tmp_path / out), recipe=recipe, workers=1)
+    capsys.readouterr()
+    made = "these data are not made as those that the run was trained on: recipe.frames."
+    assert evaluated(tmp_path / "denser") == [
+        "the split 'test' is not the one that the run had: it has other clips, captions or "
+        "transcripts, or was prepared in another way",
+        f"{made}encoding is 'raw' here, 'jpeg' there",
+        f"{made}per_second is 2 here, 1 there",
+        f"{made}quality is None here, 95 there",
+    ]
+    with pytest.raises(UserError, match="image_size: wanted 32, prepared with 64"):
+        evaluated(tmp_path / "larger")
+
+
+def test_another_vocabulary_is_refused():
+    here = {"vocabulary": "1" * 64, "dataset": "a", "variant": "b", "digest": "2" * 64}
+    assert run_config.differences_of_data("test", here, {}) == []
+    with pytest.raises(UserError, match=r"config\.data\.tokenizer: expected the vocabulary that"):
+        run_config.differences_of_data("test", here, {**here, "vocabulary": "3" * 64})
 
 
 class Reached(Exception):

@@ -1,111 +1,131 @@
-"""The state a run starts from: what a source holds is not computed, and goes where it belongs."""
+"""A run is resumed with any config and place of its data that cannot change its result."""
 
-import jax
-import numpy as np
+import json
+
 import pytest
 
-from save_jax import checkpoint, optimizer, resume, sharding, train, weights
-from tests.support import synthetic
-from tests.support.training import RATES, program
+from configs import base
+from save_jax import recorded, resume
+from save_jax.errors import UserError
+
+DIGESTS = {"train": "1" * 64, "test": "2" * 64}
+# Of each kind, and of the sections, a value that base.py has not.
+CHANGED = {
+    "eval_batch_size": 128,
+    "data.dir": "/local/prepared",
+    "init_from": "elsewhere",
+    "eval_every": 3,
+    "checkpoint_every": 7,
+    "log_every": 1,
+    "mode": "evaluate",
+    "micro_batch": 16,
+    "mesh.data": 4,
+    "mesh.fsdp": 2,
+    "model.remat": "blocks",
+    "model.attention": "xla",
+    "cache.dir": "/cache",
+    "compilation_cache": "/programs",
+}
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run with a checkpoint after step 7, all of whose trained parameters have moved by one."""
-    workdir = tmp_path_factory.mktemp("run")
-    state = program(RATES, 1)[1]
-    moved = state._replace(
-        step=state.step + 7, trained={k: v + 1 for k, v in state.trained.items()}
-    )
-    checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save(moved, 7, None)
-    checkpoints.wait()
-    checkpoints.close()
-    return workdir
-
-
-def everything(state) -> dict:
-    return {**state.trained, **state.frozen}
+def config(**changes) -> dict:
+    found = base.get_config()
+    found.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return found.to_dict()
 
 
 @pytest.fixture
-def nothing_at_random(monkeypatch):
-    monkeypatch.setattr(train, "create_state", lambda *_: pytest.fail("a random model was made"))
+def run(tmp_path):
+    """A workdir whose run has a checkpoint and digests of its data."""
+    (tmp_path / "checkpoints/5/default").mkdir(parents=True)
+    recorded.write(config(), tmp_path, {"digests": DIGESTS}, {"step": 0})
+    return tmp_path
 
 
-def test_a_run_resumes_without_a_random_model(workdir, nothing_at_random):
-    mesh, fresh, *_ = program(RATES, 1)
-    checkpoints = checkpoint.Checkpoints(workdir)
-    _, state, resumed = resume.initial_state({}, synthetic.MODEL, RATES, mesh, checkpoints)
-    assert resumed == 7 and int(state.step) == 7
-    for name, value in fresh.trained.items():
-        np.testing.assert_array_equal(state.trained[name], value + 1)
-    # All of it is there, and placed as a fresh one: the same program takes it.
-    assert jax.tree.structure(state) == jax.tree.structure(fresh)
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
-        assert one.sharding == other.sharding and one.dtype == other.dtype
-    assert float(state.hyperparameters.peaks["new"]) == np.float32(RATES.new)
+def test_what_cannot_change_the_result_may_change(run):
+    resume.check_same_config(config(**CHANGED), run)
+    covered = {key for key in recorded.FREE if any(f"{c}.".startswith(f"{key}.") for c in CHANGED)}
+    assert covered == set(recorded.FREE)
 
 
-def test_a_run_is_evaluated_without_a_random_model(workdir, nothing_at_random):
-    mesh, fresh, *_ = program(RATES, 1)
-    config = {"init_from": str(workdir)}
-    _, params, step, _ = resume.evaluated_parameters(config, workdir, synthetic.MODEL, mesh)
-    assert step == 7 and params.keys() == everything(fresh).keys()
+def test_every_other_key_counts(run):
+    """Those of today, and any that is added without being listed."""
+    free = tuple(f"{key}." for key in recorded.FREE)
+    flat = recorded.flatten(config())
+    others = [key for key in flat if not f"{key}.".startswith(free)]
+    assert len(others) > 30
+    for key in others:
+        changed = json.loads(json.dumps(config()))
+        *sections, last = key.split(".")
+        place = changed
+        for section in sections:
+            place = place[section]
+        place[last] = {"model.clip": "ViT-L/14", "model.ast": {"width": 96}}.get(key, "another")
+        with pytest.raises(UserError, match=rf"\n  {key}[.:]"):
+            resume.check_same_config(changed, run)
+    with pytest.raises(UserError, match=r"\n  optimizer\.newer: '\(absent\)' there, 1 now\n"):
+        resume.check_same_config({**config(), "optimizer": {"newer": 1}}, run)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_weights_go_to_their_shards_alone(workdir, monkeypatch, capsys, whole):
-    """A model that needs fsdp fits no single device, and the host's arrays are all the same."""
-    monkeypatch.setattr(sharding, "LEAST_SLICED", 100)
-    if not whole:  # orbax puts shard by shard, with this
-        refuse = lambda *_, **__: pytest.fail("put on a device as a whole")  # noqa: E731
-        monkeypatch.setattr(jax, "device_put", refuse)
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 8})
-    _, like = train.abstract_state(synthetic.MODEL, RATES, mesh)
-    like = everything(like)
-    source = str(workdir) if whole else f"clip={workdir},ast={workdir}"
-    loaded = resume.load_weights({"init_from": source}, synthetic.MODEL, like)
-    expected = everything(program(RATES, 1)[1])
-    assert whole == (loaded.keys() == like.keys())
-    name = "clip.text.blocks.layer.mlp.c_fc.kernel"
-    assert {s.data.size for s in loaded[name].addressable_shards} == {like[name].size // 8}
-    for name, value in loaded.items():
-        assert value.sharding == like[name].sharding
-        if name.startswith(("clip.", "ast.")):
-            moved = RATES.rate(optimizer.group_of(name)) > 0
-            np.testing.assert_array_equal(value, expected[name] + moved, err_msg=name)
-    said = capsys.readouterr().out
-    assert f"all {len(like)} arrays of a run, after its step 7" in said if whole else True
-
-
-def test_weights_stay_in_host_memory_until_they_are_placed(workdir):
-    like = everything(program(RATES, 1)[1])
-    found = weights.load(f"clip={workdir}", synthetic.MODEL, like)
-    assert {type(value) for value in found.parameters.values()} == {np.ndarray}
-    assert "frame_positions" in found.parameters  # from CLIP's text tower
-
-
-def test_what_no_source_holds_is_what_it_would_be_without_one():
-    mesh, fresh, *_ = program(RATES, 1)
-    expected = everything(fresh)
-    given = {k: v + 1 for k, v in expected.items() if k.startswith("clip.")}
-    _, state = train.create_state(synthetic.MODEL, RATES, 0, mesh, given)
-    for name, value in everything(state).items():
-        np.testing.assert_array_equal(value, given.get(name, expected[name]), err_msg=name)
-    assert [*state.trained] == [*fresh.trained] and [*state.frozen] == [*fresh.frozen]
-    assert not any(np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
-
-
-def test_a_seed_is_an_argument_of_the_program_and_decides_the_values():
-    mesh, fresh, *_ = program(RATES, 1)
-    only = {k: v for k, v in everything(fresh).items() if k != "audio_resampler.query_tokens"}
-    made = [
-        train.create_state(synthetic.MODEL, RATES, seed, mesh, only)[1].trained[
-            "audio_resampler.query_tokens"
-        ]
-        for seed in (0, 1, 1 + 2**32)
+def test_a_run_of_an_earlier_version_has_the_defaults_of_newer_keys(run):
+    path = run / "config.json"
+    older = json.loads(path.read_text())
+    del older["micro_batch"], older["loss"]["soft_albef_weight"], older["model"]["init_std"]
+    older["model"]["clip"] = {"patch_size": 16}  # one of the sizes that there are today
+    path.write_text(json.dumps(older))
+    sizes = {"patch_size": 16, "vision_width": 768}
+    same = config()
+    same["model"]["clip"] = sizes
+    resume.check_same_config(same, run)
+    same["loss"]["soft_albef_weight"] = 0.5
+    same["model"]["clip"] = {**sizes, "vision_width": 512}
+    with pytest.raises(UserError) as refusal:
+        resume.check_same_config(same, run)
+    lines = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
+    assert lines == [
+        "  loss.soft_albef_weight: 1.0 there, 0.5 now",
+        "  model.clip.vision_width: 768 there, 512 now",
     ]
-    np.testing.assert_array_equal(made[0], fresh.trained["audio_resampler.query_tokens"])
-    assert np.abs(made[1] - made[0]).max() > 0
-    np.testing.assert_array_equal(made[1], made[2])  # as jax.random.key takes the low 32 bits
+
+
+def test_weights_to_start_from_count_until_there_is_a_checkpoint(tmp_path):
+    recorded.write(config(), tmp_path, {"digests": DIGESTS}, {"step": 0})
+    with pytest.raises(UserError, match="init_from: '' there, 'elsewhere' now"):
+        resume.check_same_config(config(init_from="elsewhere"), tmp_path)
+
+
+def test_the_place_of_data_counts_where_no_digest_tells_them_apart(run):
+    path = run / "config.json"
+    path.write_text(json.dumps(config(data__dir="/old")))  # as a version wrote it that took none
+    resume.check_same_config(config(data__dir="/old"), run)
+    with pytest.raises(UserError, match=r"data\.dir: '/old' there, '/new' now"):
+        resume.check_same_config(config(data__dir="/new"), run)
+    (run / "data.json").write_text(json.dumps(DIGESTS))  # where the next version kept them
+    resume.check_same_config(config(data__dir="/new"), run)
+
+
+def test_data_are_compared_by_their_digests(run, tmp_path):
+    resume.check_same_data(DIGESTS, run)
+    other = {**DIGESTS, "test": "3" * 64}
+    with pytest.raises(UserError, match="the split 'test' was prepared anew") as refusal:
+        resume.check_same_data(other, run)
+    assert "'train'" not in str(refusal.value)
+    (tmp_path / "config.json").write_text(json.dumps(config()))  # of an earlier version
+    (tmp_path / "data.json").write_text(json.dumps(DIGESTS))
+    with pytest.raises(UserError, match="the split 'test' was prepared anew"):
+        resume.check_same_data(other, tmp_path)
+
+
+def test_what_a_later_start_changes_is_recorded(run):
+    path = run / "config.json"
+    first = json.loads(path.read_text())
+    for step in (5, 10):
+        recorded.write(config(eval_batch_size=128), run, {"digests": {}}, {"step": step})
+    found = json.loads(path.read_text())
+    starts = found[recorded.PROVENANCE].pop("starts")
+    assert [(start["step"], start["changed"]) for start in starts] == [
+        (0, {}),
+        (5, {"eval_batch_size": 128}),  # and not at 10, where nothing else has changed
+    ]
+    assert starts[:1] == first[recorded.PROVENANCE].pop("starts")
+    assert found == first and found["eval_batch_size"] == 64  # the rest is the first start's

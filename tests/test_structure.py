@@ -15,7 +15,16 @@ ALWAYS = {
     "configs": ("save_jax", "data_pipelines"),
     "data_pipelines": tuple(
         f"save_jax.{name}"
-        for name in ("arguments", "batch", "errors", "files", "locks", "messages", "tokenizer")
+        for name in (
+            "arguments",
+            "batch",
+            "errors",
+            "files",
+            "hub_ids",
+            "locks",
+            "messages",
+            "tokenizer",
+        )
     ),
     "launch": ("save_jax", "data_pipelines", "configs"),
 }

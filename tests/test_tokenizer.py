@@ -7,6 +7,7 @@ import pytest
 
 from save_jax import tokenizer as clip_tokenizer
 from save_jax.errors import UserError
+from tests.support import hub_cache
 
 # By OpenAI's own simple_tokenizer.
 PUBLISHED = {
@@ -141,3 +142,22 @@ def test_a_vocabulary_file_that_is_not_openais_is_refused(tmp_path, monkeypatch)
         ) as caught:
             clip_tokenizer.Tokenizer()
         assert str(package / clip_tokenizer._VOCABULARY_FILE) in str(caught.value)
+
+
+def test_a_hub_id_may_pin_a_revision(tokenizer, tmp_path, monkeypatch):
+    """The default branch holds no tokenizer of CLIP's; the pinned revision does."""
+    import transformers
+
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "a": 3}
+    other = transformers.CLIPTokenizer(vocab=vocabulary, merges=[])
+    other.save_pretrained(hub_cache.revision(tmp_path, "someone/words", 0))
+    clips = clip_tokenizer._from_vocabulary_file(clip_tokenizer._packaged())
+    clips.save_pretrained(hub_cache.revision(tmp_path, "someone/words", 1))
+    hub_cache.name(tmp_path, "someone/words", main=0, v1=1)
+    hub_cache.use(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="49406"):
+        clip_tokenizer.Tokenizer("someone/words")
+    for pinned in ("v1", hub_cache.commit(1)):
+        found = clip_tokenizer.Tokenizer(f"someone/words@{pinned}")
+        np.testing.assert_array_equal(found(list(PUBLISHED), 12), tokenizer(list(PUBLISHED), 12))
+        assert found.digest() == tokenizer.digest()

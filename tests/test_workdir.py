@@ -15,17 +15,20 @@ from tests.support import caching, miniatures, programs, system
 WITHIN = 300  # seconds for a job on a busy machine
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def prepared(root, out, n_train=5, n_test=3):
     """The miniature MSR-VTT, prepared."""
     from data_pipelines.preparation import prepare
     from data_pipelines.recipe import Recipe
 
-    root, out = tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared")
-    miniatures.msrvtt(root, n_train=5, n_test=3)
+    miniatures.msrvtt(root, n_train=n_train, n_test=n_test)
     recipe = Recipe(image_size=32, fbank_frames=64, max_frames=4)
     prepare("msrvtt", root=str(root), out=str(out), recipe=recipe, workers=1)
     return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared"))
 
 
 def start(data, workdir, **changes) -> subprocess.Popen:
@@ -75,20 +78,34 @@ def command(data, workdir, **changes) -> int:
     return main.main(["main", "--config=configs/demo.py", *flags, f"--workdir={workdir}"])
 
 
-def test_a_run_does_not_resume_on_other_data(data, tmp_path, capsys):
-    prepared = tmp_path / "prepared"
-    shutil.copytree(data, prepared)
-    assert command(prepared, tmp_path / "run") == 0
-    assert command(prepared, tmp_path / "run") == 0  # nothing has changed
-    (path,) = prepared.glob("**/metadata.json")
-    metadata = json.loads(path.read_text())
-    metadata["content"]["train"] = "0" * 64  # as if prepared anew, from other clips
-    path.write_text(json.dumps(metadata))
+def test_a_run_resumes_on_the_same_data_wherever_they_are(data, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(data, first)
+    assert command(first, tmp_path / "run") == 0
+    # As an earlier version has left the workdir.
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    began = config.pop("provenance")["data"]
+    path.write_text(json.dumps(config))
+    (tmp_path / "run" / "data.json").write_text(json.dumps(began["digests"]))
+    # On a faster disk, on more devices, without the weights that it started from.
+    first.rename(second)
+    changes = {"data.dir": str(second), "eval_batch_size": 16, "init_from": "gone"}
+    assert command(second, tmp_path / "run", **changes) == 0
+    found = json.loads(path.read_text())
+    provenance = found.pop("provenance")
+    assert found == config and provenance["data"] == began
+    (start,) = provenance["starts"]
+    assert (start["step"], start["changed"]) == (2, changes)
+
+    # Other clips to train on in the same place.
+    shutil.rmtree(second)
+    prepared(tmp_path / "raw", second, n_train=6, n_test=3)
     capsys.readouterr()
-    assert command(prepared, tmp_path / "run") == 2
+    assert command(second, tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert "run that began with other data: since then, the split 'train' was prepared anew" in said
-    assert "'test'" not in said and f"--config.init_from={tmp_path / 'run'}" in said
+    assert "run that began with other data: since then, the split 'test' and the split" in said
+    assert f"--config.init_from={tmp_path / 'run'}" in said
 
 
 def test_a_full_disk_is_one_message_and_what_was_trained_is_resumed(data, tmp_path, capsys):

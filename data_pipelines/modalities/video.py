@@ -20,7 +20,7 @@ from data_pipelines.modalities.container import (
     open_media,
     reason_of,
 )
-from data_pipelines.recipe import Recipe
+from data_pipelines.recipe import JPEG_QUALITY, Recipe
 
 # Candidate frames beyond this go to a temporary file: an hour at 224 pixels is half a gigabyte.
 _CANDIDATES_IN_MEMORY = 64 * 2**20
@@ -144,14 +144,14 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
 
 def encode_frame(frame: np.ndarray, encoding: str) -> bytes:
-    """Encodes a frame, uint8 [height, width, 3], as "jpeg" (quality 95) or "raw" (its bytes)."""
+    """Encodes a frame, uint8 [height, width, 3], as "jpeg" (JPEG_QUALITY) or "raw" (its bytes)."""
     if encoding == "raw":
         return frame.tobytes()
     if encoding != "jpeg":
         raise ValueError(f"expected encoding 'jpeg' or 'raw', found {encoding!r}")
     buffer = io.BytesIO()
     # Colour at full resolution: at 224 pixels, halving it costs more than it saves.
-    Image.fromarray(frame).save(buffer, "JPEG", quality=95, subsampling=0)
+    Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

@@ -18,7 +18,6 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from data_pipelines.modalities.whisper_journal import (
     resume,
 )
 from data_pipelines.pool import in_order
-from save_jax import locks
+from save_jax import hub_ids, locks
 from save_jax.errors import UserError
 from save_jax.messages import did_you_mean
 
@@ -109,7 +108,7 @@ def transcribe(
             "language_probability": 0.98, …} in the order of the clips, followed by other entries
             that it held. Without speech, the text and the language are "".
         model: a local directory with a Whisper model in CTranslate2's format, or its id: one of
-            faster-whisper's ("large-v3") or of the Hugging Face hub.
+            faster-whisper's ("large-v3") or of the Hugging Face hub; ID@REVISION pins a revision.
         translate: translate what is not English into English.
         device: "cuda" (all GPUs), "cpu", or "auto": GPUs where there are any.
         strict: raise UserError on the first clip whose sound cannot be read.
@@ -180,18 +179,19 @@ def _transcribe(
 
 def check_model(model: str) -> None:
     """Raises UserError if a model is neither a local directory nor an id that may exist."""
-    if os.path.isdir(model) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+    if os.path.isdir(model) or hub_ids.parse(model):
         return
     try:
         import faster_whisper
     except ImportError:  # which `transcribe` reports if it has anything to do
         return
     known = faster_whisper.available_models()
-    if model not in known:
+    name, revision = hub_ids.split(model)
+    if name not in known or (revision is None and "@" in model):
         raise UserError(
-            f"--whisper={model}: no such model or directory.{did_you_mean(model, known)} Expected "
-            f"a local directory, one of {', '.join(known)}, or the OWNER/NAME of a model in "
-            "CTranslate2's format on the Hugging Face hub."
+            f"--whisper={model}: no such model or directory.{did_you_mean(name, known)} Expected "
+            f"a local directory, one of {', '.join(known)}, or the id of a model in CTranslate2's "
+            f"format on the Hugging Face hub ({hub_ids.FORM})."
         )
 
 
@@ -253,8 +253,9 @@ def _download(model: str) -> str:
     """Downloads a model given by its id, unless that was done before; returns its folder."""
     import faster_whisper
 
+    name, revision = hub_ids.split(model)
     try:
-        return faster_whisper.download_model(model)
+        return faster_whisper.download_model(name, revision=revision)
     except Exception as error:  # each network library has its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -15,7 +15,7 @@ from etils import epath
 from save_jax import files, locks
 from save_jax.errors import UserError
 from save_jax.progress import duration
-from save_jax.recorded import EXIT_FILE, flatten
+from save_jax.recorded import EXIT_FILE, flatten, without_provenance
 
 LOCK_FILE = "launch.lock"  # locked by a run of a local sweep for as long as its process lives
 # Where nobody can tell whether a run's process lives: seconds without a line, after which the run
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
     Attributes:
         workdir: its directory.
-        config: its config.json; empty if there is none (yet).
+        config: the config in its config.json; empty if there is none (yet).
         evaluation: metrics.json of its last evaluation; None before the first.
         step: updates done, by the last line of metrics.jsonl or the last evaluation.
         fraction: the fraction of its steps that are done, 0 to 1.
@@ -59,7 +59,7 @@ def read(workdir: epath.PathLike) -> Run:
     """
     workdir = epath.Path(workdir)
     problems: list[str] = []
-    config = _object(workdir / "config.json", problems)
+    config = without_provenance(_object(workdir / "config.json", problems))
     last = _last_line(workdir / "metrics.jsonl", problems)
     evaluated, evaluation = _last_evaluation(workdir, problems)
     step, fraction = int(last.get("step", 0)), 0.0

@@ -74,7 +74,7 @@ def command(argv: list[str]) -> int:
         config["init_from"] = given.init_from
     cli.join_processes(given)
     out = str(pathlib.Path(given.out).absolute())
-    with distributed.exit_if_peer_lost(), _alone(out):
+    with distributed.exit_alone(), _alone(out):
         run(
             config,
             out,

@@ -161,6 +161,8 @@ def _export(args: argparse.Namespace) -> None:
         values, names = loaded.parameters, loaded.names
     where, found = recorded_config(args.source) or ("", None)
     config = found and recorded.deciding(found, where)
+    if config and recorded.PROVENANCE in found:
+        config[recorded.PROVENANCE] = found[recorded.PROVENANCE]
     with _appearing_at_once(args.out) as temporary:
         kept = export.write(temporary, values, args.format, args.dtype, names, config)
     print(f"{args.out}: {len(values)} parameters as {args.format}")

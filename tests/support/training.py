@@ -3,9 +3,10 @@
 As a program, `python -m tests.support.training WORKDIR MOMENT` trains and kills itself with SIGKILL
 at a moment: "never", "step" (in the middle of an epoch), "write" (a checkpoint is written but not
 yet committed) or "evaluation" (its files half written). At the moment "term" it is sent SIGTERM
-instead. With `COORDINATOR PROCESSES ID` after them, it is one process of several. With `--vision`
-before them, the model is CLIP4Clip, for tests of what does not depend on it: it compiles in half
-the time. The exit code is 75 when it was interrupted, as the main program's.
+instead; at "error" and "mistake" it raises an error of its own. With `COORDINATOR PROCESSES ID`
+after them, it is one process of several. With `--vision` before them, the model is CLIP4Clip, for
+tests of what does not depend on it: it compiles in half the time. The exit code is 75 when it was
+interrupted, as the main program's.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax
 
 from save_jax import distributed, evaluate, sharding, train
 from save_jax.checkpoint import Checkpoints
+from save_jax.errors import UserError
 from save_jax.meter import Meter, Plan
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
@@ -100,7 +102,7 @@ def run(
         log_every=1,
     )
     try:
-        with train.StopRequest(mesh) as stop:
+        with train.StopRequest(mesh) as stop, distributed.exit_if_peer_lost():
             train.train(
                 state,
                 keep,
@@ -118,15 +120,26 @@ def run(
     return final["state"]
 
 
+def fail() -> None:
+    """Raises a fault of the program, in words that a lost connection has too."""
+    raise ValueError("the connection of two peers: coordinates that are unavailable")
+
+
+def mistake() -> None:
+    """Raises what this process alone finds wrong with what it was given."""
+    raise UserError("/data/a: no such file on this host")
+
+
 def die(*args, **kwargs) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm(moment: str) -> None:
     """Arranges for SIGKILL at a moment."""
-    if moment in ("step", "term"):
+    ends = {"step": die, "error": fail, "mistake": mistake}
+    ends["term"] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    if moment in ends:
         original = synthetic.training_set
-        end = die if moment == "step" else functools.partial(os.kill, os.getpid(), signal.SIGTERM)
 
         def dying(*args, **kwargs):
             training = original(*args, **kwargs)
@@ -134,7 +147,7 @@ def arm(moment: str) -> None:
             def batches(start, steps):
                 for number, batch in enumerate(training.batches(start, steps), start):
                     if number == 10:
-                        end()
+                        ends[moment]()
                     yield batch
 
             return training._replace(batches=batches)
@@ -166,7 +179,7 @@ def main(*arguments: str) -> int:
         coordinator, count, number = others
         distributed.join(coordinator, int(count), int(number))
     arm(moment)
-    with distributed.exit_if_peer_lost():
+    with distributed.exit_alone():
         final = run(
             pathlib.Path(workdir),
             devices=jax.device_count(),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from save_jax import checkpoint, files, recorded
+from save_jax import checkpoint, files, hub_ids, recorded
 from save_jax.errors import UserError
 from save_jax.weights.files import hub, pytorch, safetensors, torchscript
 from save_jax.weights.files.tensor import Tensor, Tensors
@@ -93,7 +93,7 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
     """Recognises a path or hub id.
 
     Args:
-        where: a file, a directory, or OWNER/NAME on the Hugging Face Hub.
+        where: a file, a directory, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
         trust_archive: read a TorchScript archive that is none of OpenAI's.
 
     Raises:
@@ -106,7 +106,7 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
         else:
             raise UserError(
                 f"{where} does not exist: expected a file or directory with weights, or a model "
-                "of the Hugging Face Hub as OWNER/NAME"
+                f"of the Hugging Face Hub as {hub_ids.FORM}"
             )
     names: Mapping[str, str] = {}
     if path.is_file():

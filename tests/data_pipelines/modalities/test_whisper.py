@@ -304,6 +304,31 @@ def test_models_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
         hear(translate=True)
 
 
+@pytest.mark.parametrize(
+    ("model", "repository", "revision"),
+    [
+        ("someone/whisper@v1", "someone/whisper", "v1"),
+        ("large-v3@refs/pr/2", "Systran/faster-whisper-large-v3", "refs/pr/2"),
+        ("someone/whisper", "someone/whisper", None),
+    ],
+)
+def test_an_id_may_pin_a_revision(folder, tmp_path, monkeypatch, model, repository, revision):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id, revision=None, **options):
+        asked.append((repo_id, revision))
+        raise ConnectionError("the network cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="cannot be reached"):
+        transcribe(spoken(folder), str(tmp_path / "asr.json"), model=model)
+    assert set(asked) == {(repository, revision)}
+    with pytest.raises(UserError, match="no such model or directory"):
+        transcribe(spoken(folder), str(tmp_path / "asr.json"), model="large-v3@")
+
+
 class _Linguist:
     """Stands in for a model of many languages: the loudness of a clip is its language."""
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from configs import base
 from launch.report import runs
 from save_jax import locks, recorded
 from save_jax.errors import UserError
@@ -54,6 +55,14 @@ def test_the_schedule_in_epochs(run):
     (run / "config.json").write_text(json.dumps({**config, "steps": 0, "epochs": 2}))
     found = runs.read(run)
     assert (found.state, found.fraction) == ("stopped", 0.5)
+
+
+def test_what_computed_a_run_is_no_part_of_its_config(run):
+    """Else each machine and revision would be a column of the report."""
+    config = json.loads((run / "config.json").read_text())
+    recorded.write(base.get_config().to_dict(), run, {"digests": {}}, {"step": 0})
+    assert recorded.PROVENANCE in json.loads((run / "config.json").read_text())
+    assert runs.read(run).config == config
 
 
 def test_states_of_a_run_that_is_not_complete(run, tmp_path):

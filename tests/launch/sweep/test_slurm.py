@@ -155,7 +155,9 @@ def test_the_batch_file_dry_run():
     options = re.findall(r"^#SBATCH --(\S+)$", done.stdout, re.MULTILINE)
     assert {"gpus-per-node=8", "ntasks-per-node=8", "requeue", "signal=TERM@120"} <= set(options)
     assert done.stdout.splitlines()[-1].strip() == (
-        "srun --kill-on-bad-exit=1 --unbuffered python -m save_jax.main "
+        "srun --kill-on-bad-exit=1 --unbuffered bash -c "
+        r"trap\ :\ TERM\;\ \"\$@\"\;\ code=\$\?\;\ exit\ \$\(\(code\ ==\ 1\ \|\|\ code\ ==\ 2\ "
+        r"\?\ 240\ +\ code\ :\ code\)\) task python -m save_jax.main "
         r"--config=configs/msrvtt.py --workdir=/a\ b --distributed"
     )
     one = bash(BATCH_FILE, "--dry_run", "--config=x", SLURM_NTASKS="1").stdout.splitlines()[-1]
@@ -173,6 +175,48 @@ def test_the_batch_file_requeues_what_was_interrupted(fake_program, tmp_path, co
     job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1"}
     assert bash(BATCH_FILE, "--config=x", **job).returncode == code
     assert (tmp_path / "calls").read_text() == requeued
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "requeued"),
+    [
+        ("0 0", 0, ""),
+        ("75 75", 75, "requeue 42\n"),
+        ("75 1", 1, ""),  # the second failed, and the first lost it
+        ("2 75", 2, ""),
+        ("75 137", 137, ""),  # killed, for its memory perhaps
+    ],
+)
+def test_a_process_that_fails_by_itself_outranks_those_that_lose_it(
+    fake_program, tmp_path, codes, code, requeued
+):
+    """As srun does, its stand-in runs the command for each task, and ends with the highest code."""
+    fake_program(
+        "srun",
+        "shift 2; highest=0\n"
+        'for number in $CODES; do\n  code=0; CODE=$number "$@" || code=$?\n'
+        "  ((code <= highest)) || highest=$code\ndone\nexit $highest",
+    )
+    fake_program("scontrol", f'echo "$@" >> {tmp_path}/calls')
+    main = tmp_path / "main"
+    main.write_text("#!/bin/bash\nexit $CODE\n")
+    main.chmod(0o755)
+    (tmp_path / "calls").touch()
+    job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "2", "PYTHON": str(main), "CODES": codes}
+    assert bash(BATCH_FILE, "--config=x", **job).returncode == code
+    assert (tmp_path / "calls").read_text() == requeued
+
+
+def test_a_task_outlives_the_signal_that_warns_it(fake_program, tmp_path):
+    """SLURM sends it to every process of the task: the shell must wait for the run's checkpoint."""
+    fake_program("srun", 'shift 2; exec setsid --wait "$@"')
+    fake_program("scontrol", f'echo "$@" >> {tmp_path}/calls')
+    main = tmp_path / "main"
+    main.write_text("#!/bin/bash\ntrap 'sleep 0.5; exit 75' TERM\nkill -TERM 0\nsleep 1\nexit 1\n")
+    main.chmod(0o755)
+    job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "2", "PYTHON": str(main)}
+    assert bash(BATCH_FILE, "--config=x", **job).returncode == 75
+    assert (tmp_path / "calls").read_text() == "requeue 42\n"
 
 
 def test_the_commands_of_the_real_test_are_understood(capsys, monkeypatch):

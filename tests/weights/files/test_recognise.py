@@ -27,7 +27,7 @@ from save_jax.weights.files import safetensors as safetensors_file
 from save_jax.weights.names import ast, clip, save
 from tests.models.test_ast import original_names
 from tests.models.test_clip import openai_names
-from tests.support import reference, small, weight_files
+from tests.support import hub_cache, reference, small, weight_files
 
 CONFIG = small.config()
 _, EXPECTED = small.abstract(CONFIG)
@@ -54,11 +54,11 @@ def write_sharded(directory: pathlib.Path, state: dict[str, np.ndarray]) -> None
     (directory / "model.safetensors.index.json").write_text(index)
 
 
-def make_clip(kind: str, path: pathlib.Path) -> params.Parameters:
+def make_clip(kind: str, path: pathlib.Path, seed: int = 3) -> params.Parameters:
     if kind == "archive":
         state = weight_files.numpy_state(weight_files.openai_archive(path))
         return as_ours(clip.TABLE, state, "clip.")
-    model = weight_files.hugging_face_clip()
+    model = weight_files.hugging_face_clip(seed)
     if kind == "Hugging Face":
         model.save_pretrained(path)
     elif kind == "Hugging Face, old":
@@ -532,7 +532,7 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path):
 
     expected = make_clip("Hugging Face", tmp_path / "cached")
 
-    def cached(model, file):
+    def cached(model, file, revision=None):
         assert model == "openai/clip-vit-base-patch32"
         return str(tmp_path / "cached" / file) if file == "model.safetensors" else None
 
@@ -540,14 +540,40 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path):
     assert_equal(load("openai/clip-vit-base-patch32").parameters, expected)
 
 
+@pytest.mark.parametrize("pinned", ["", "@v1", "@refs/pr/1", f"@{hub_cache.commit(1)}"])
+def test_a_hub_id_may_pin_a_revision(monkeypatch, tmp_path, pinned):
+    """Of two revisions in the hub's own cache, the one that is asked for is read."""
+    expected = {}
+    for number, seed in enumerate((3, 4)):
+        folder = hub_cache.revision(tmp_path, "someone/clip", number)
+        expected[number] = make_clip("Hugging Face", folder, seed=seed)
+    hub_cache.name(tmp_path, "someone/clip", main=0, **{"v1": 1, "refs/pr/1": 1})
+    hub_cache.use(monkeypatch, tmp_path)
+    assert_equal(load(f"someone/clip{pinned}").parameters, expected[1 if pinned else 0])
+
+
+def test_a_revision_that_the_cache_lacks_is_not_taken_for_another(monkeypatch, tmp_path):
+    make_clip("Hugging Face", hub_cache.revision(tmp_path, "someone/clip", 0))
+    hub_cache.name(tmp_path, "someone/clip", main=0)
+    hub_cache.use(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=r"someone/clip@v2, and .*/resolve/v2/model\.safetensors"):
+        load("someone/clip@v2")
+
+
 def test_a_hub_id_online_is_downloaded(monkeypatch, tmp_path):
     import huggingface_hub
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     write_sharded(tmp_path / "a", small.numpy_state(weight_files.hugging_face_clip()))
     fetched = []
 
-    def hf_hub_download(model, file):
+    def hf_hub_download(model, file, revision=None):
+        if revision == "none-such":
+            raise RevisionNotFoundError("404", response=_Response())
         if model != "someone/clip":
             raise RepositoryNotFoundError("404", response=_Response())
         if not (tmp_path / "a" / file).exists():
@@ -565,6 +591,8 @@ def test_a_hub_id_online_is_downloaded(monkeypatch, tmp_path):
     ]
     with pytest.raises(UserError, match="has no such model"):
         load("no/such")
+    with pytest.raises(UserError, match=r"someone/clip on .* has no branch, tag or commit 'none-"):
+        load("someone/clip@none-such")
 
 
 class _Response:
