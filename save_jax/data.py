@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from save_jax import cache, evaluate, optimizer, recorded, train
+from save_jax import cache, evaluate, optimizer, recorded, sharding, train
 from save_jax import config as configuration
 from save_jax.batch import Batch
 from save_jax.errors import UserError
@@ -223,11 +223,12 @@ class Splits:
                 "again, or evaluate another split: --config.data.eval_split=NAME"
             )
         max_words = self._config["data"]["max_words"]
+        size = sharding.even_size(
+            split.num_clips, self._config["eval_batch_size"], jax.device_count()
+        )
 
         def batches() -> Iterator[Batch]:
-            read = self._pipeline.clip_batches(
-                split, batch_size=self._config["eval_batch_size"], **self._reading(split)
-            )
+            read = self._pipeline.clip_batches(split, batch_size=size, **self._reading(split))
             return self._with_cache(split, read)
 
         return evaluate.EvaluationSet(

@@ -17,6 +17,7 @@ from save_jax.progress import say, warn
 # Keys that may change when a run is resumed: they do not touch its result.
 FREE_KEYS = ("mode", "log_every", "checkpoint_every", "mesh.data", "mesh.fsdp", "micro_batch")
 FREE_KEYS += ("model.remat", "model.attention", "cache.dir")
+FREE_KEYS += ("eval_caption_batch_size", "eval_matrix_entries")
 
 FROM_SCRATCH = 1e-5  # a lower peak rate is one for pretrained weights, or 0
 RANDOM = "config.init_from is empty: the weights are the random ones of seed {seed}"

@@ -175,6 +175,18 @@ def check_batch_sizes(config: Mapping[str, Any], mesh: Mesh) -> None:
         check_batch_size("micro_batch", config["micro_batch"], mesh)
 
 
+def even_size(count: int, most: int, multiple: int) -> int:
+    """Returns the size of equal batches, as few as there must be, that are hardly padded.
+
+    Args:
+        count: rows in all, at least 1.
+        most: rows of a batch, before rounding up.
+        multiple: what the size must divide by, such as the number of devices.
+    """
+    batches = -(-count // most)
+    return -(-count // (batches * multiple)) * multiple
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts this process's rows of a batch on its devices, as rows of one global array."""
     sharding = batch_sharding(mesh)
