@@ -80,7 +80,11 @@ def get_config() -> ConfigDict:
     # Clips encoded at once, over all devices; 0: the whole batch. The same result in less memory,
     # plus the outputs of frozen encoders: 3.7 MB per clip in float32, 1.9 MB in bfloat16.
     config.micro_batch = 0
+    # The most clips, and captions, of an evaluation's batch; a smaller split has smaller batches.
     config.eval_batch_size = 64
+    config.eval_caption_batch_size = 512
+    # similarity.npy is written up to so many entries, captions × videos; ranks.npz always is.
+    config.eval_matrix_entries = 20_000_000
     config.epochs = 5
     config.steps = 0  # 0: from epochs
     config.eval_every = 1  # epochs between evaluations; the last step is always evaluated

@@ -35,6 +35,8 @@ AMPERE = (8, 0)  # NVIDIA's compute capability that brought bfloat16, and cuDNN'
 COUNTS = {
     "batch_size": (1, "clips of a training batch, over all devices"),
     "eval_batch_size": (1, "clips of an evaluation batch, over all devices"),
+    "eval_caption_batch_size": (1, "captions of an evaluation batch, over all devices"),
+    "eval_matrix_entries": (0, "captions × videos up to which similarity.npy is written"),
     "micro_batch": (0, "clips encoded at a time; 0 encodes the whole batch at once"),
     "epochs": (1, "passes over the training split"),
     "steps": (0, "training steps; 0 takes config.epochs"),

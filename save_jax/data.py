@@ -272,9 +272,11 @@ class Splits:
         ]
         for words in warnings:
             warn(words)
+        size = sharding.even_size(
+            split.num_clips, self._config["eval_batch_size"], jax.device_count()
+        )
 
         def batches() -> Iterator[Batch]:
-            size = self._config["eval_batch_size"]
             read = self._pipeline.clip_batches(
                 split, batch_size=size, share=self._share(size), **self._reading(split)
             )

@@ -1,16 +1,18 @@
 """Embed, score, rank: text-to-video and video-to-text retrieval over a whole split (spec 9)."""
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import files, metrics, sharding
+from save_jax import files, metrics, ranking, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
 from save_jax.messages import counted
@@ -19,7 +21,8 @@ from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
 
-CAPTIONS_AT_ONCE, VIDEOS_AT_ONCE = 512, 2048  # a tile of the similarity matrix on the device
+ABLATED_UP_TO = 20_000  # videos; each view of them takes as much host memory as the whole model's
+SIMILARITY = "similarity.npy"
 
 
 class EvaluationSet(NamedTuple):
@@ -49,91 +52,128 @@ class EvaluationSet(NamedTuple):
 class Evaluator:
     """The compiled functions of evaluation, for one model on one mesh.
 
+    Args:
+        structure: the model's.
+        mesh: devices.
+        batch_size: the most captions of a batch, over all devices.
+        local_weight: of the similarity (spec section 5).
+        matrix_entries: captions × videos up to which similarity.npy is written.
+
     Attributes:
-        encode_video: jitted; (parameters, global batch) -> unit frames and their mask.
+        encode_video: jitted; (parameters, global batch) -> `save.Views` of unit frames.
         encode_text: jitted; (parameters, global int32 [B, L]) -> unit vectors.
     """
 
     def __init__(
-        self, structure: Structure, mesh: jax.sharding.Mesh, batch_size: int, local_weight: float
+        self,
+        structure: Structure,
+        mesh: jax.sharding.Mesh,
+        batch_size: int,
+        local_weight: float,
+        matrix_entries: int,
     ):
         self._mesh, self._batch_size = mesh, batch_size
+        self.matrix_entries = matrix_entries
 
-        def encode_video(params: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def encode_video(params: Parameters, batch: Batch) -> save.Views:
             model = save.merge(structure, params)
             with sharding.on_mesh(mesh):
-                video = model.encode_video(batch)
-            return normalise(video.fused), video.mask
+                views = model.encode_views(batch)
+            ablated = {name: normalise(frames) for name, frames in views.ablated.items()}
+            gates = {name: values.astype(jnp.float32) for name, values in views.gates.items()}
+            return save.Views(normalise(views.frames), views.mask, ablated, gates)
 
         def encode_text(params: Parameters, ids: jax.Array) -> jax.Array:
             with sharding.on_mesh(mesh):
                 return normalise(save.merge(structure, params).encode_text(ids))
 
-        def score(text, frames, mask, logit_scale):
-            return similarity(text, frames, mask, jnp.exp(logit_scale), local_weight)
+        def score(logit_scale: jax.Array, text: jax.Array, video: tuple) -> jax.Array:
+            return similarity(text, *video, jnp.exp(logit_scale), local_weight)
 
         # Replicated outputs: every process can read the embeddings of the whole global batch.
         everywhere = sharding.replicated(mesh)
         self.encode_video = jax.jit(encode_video, out_shardings=everywhere)
         self.encode_text = jax.jit(encode_text, out_shardings=everywhere)
-        self._score = jax.jit(score)
+        self._ranker = ranking.Ranker(score, mesh)
 
-    def embed_videos(
-        self, params: Parameters, data: EvaluationSet
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns float32 [videos, F, D] unit frames and bool [videos, F] masks, in split order."""
-        frames: np.ndarray | None = None
-        mask: np.ndarray | None = None
-        progress = Progress("embedding videos", len(data.video_ids))
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], structure: Structure, mesh: jax.sharding.Mesh
+    ) -> "Evaluator":
+        """Returns the evaluator that a config describes."""
+        size, entries = (config[f"eval_{key}"] for key in ("caption_batch_size", "matrix_entries"))
+        return cls(structure, mesh, size, config["loss"]["local_weight"], entries)
+
+    def embed_videos(self, params: Parameters, data: EvaluationSet) -> save.Views:
+        """Returns the embeddings of a split's videos, on the host and in the split's order.
+
+        Views with branches left out are of up to ABLATED_UP_TO videos.
+        """
+        count = len(data.video_ids)
+        found: save.Views | None = None
+        progress = Progress("embedding videos", count)
         everywhere = sharding.replicated(self._mesh)
         for _, batch in sharding.prefetch(data.batches(), self._mesh):
             index = np.asarray(jax.device_put(batch.index, everywhere))
-            unit, real = map(np.asarray, self.encode_video(params, batch))
-            if frames is None or mask is None:
-                frames = np.zeros((len(data.video_ids), *unit.shape[1:]), np.float32)
-                mask = np.zeros((len(data.video_ids), real.shape[1]), bool)
+            part = self.encode_video(params, batch)
+            if count > ABLATED_UP_TO:
+                part = part._replace(ablated={})
+            if found is None:
+                found = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), part)
             rows = index >= 0
-            frames[index[rows]], mask[index[rows]] = unit[rows], real[rows]
+            for all_videos, here in zip(jax.tree.leaves(found), jax.tree.leaves(part), strict=True):
+                all_videos[index[rows]] = np.asarray(here)[rows]
             progress.advance(int(rows.sum()))
         progress.close()
-        assert frames is not None and mask is not None  # a split without clips has no captions
-        return frames, mask
+        assert found is not None  # a split without clips has no captions
+        return found
 
     def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
         """Returns float32 [captions, D], unit vectors."""
-        embeddings = []
-        for start in range(0, len(caption_ids), self._batch_size):
-            ids = caption_ids[start : start + self._batch_size]
-            batch = sharding.put_rows(ids, self._batch_size, self._mesh)
-            embeddings.append(np.asarray(self.encode_text(params, batch))[: len(ids)])
-        return np.concatenate(embeddings)
+        count = len(caption_ids)
+        size = sharding.even_size(count, self._batch_size, self._mesh.size)
+        embeddings: list[np.ndarray] = []
+        running: jax.Array | None = None
+        for start in range(0, count, size):
+            batch = sharding.put_rows(caption_ids[start : start + size], size, self._mesh)
+            # The next batch is on its way before the last one is waited for.
+            last, running = running, self.encode_text(params, batch)
+            if last is not None:
+                embeddings.append(np.asarray(last))
+        return np.concatenate([*embeddings, np.asarray(running)])[:count]
 
-    def similarity(
-        self, params: Parameters, text: np.ndarray, frames: np.ndarray, mask: np.ndarray
-    ) -> np.ndarray:
-        """Returns float32 [captions, videos], computed tile by tile."""
-        logit_scale = np.asarray(params["clip.logit_scale"])
-        scores = np.empty((len(text), len(frames)), np.float32)
-        rows, columns = min(CAPTIONS_AT_ONCE, len(text)), min(VIDEOS_AT_ONCE, len(frames))
+    def evaluate(
+        self, params: Parameters, data: EvaluationSet, keep: ranking.Keep | None = None
+    ) -> tuple[dict[str, Any], dict]:
+        """Embeds and ranks a split.
 
-        def tile(array: np.ndarray, start: int, size: int) -> np.ndarray:
-            part = array[start : start + size]  # padded to one shape, so that one program serves
-            return np.pad(part, [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1))
+        Args:
+            params: all of the model's.
+            data: the split.
+            keep: gets every tile of the similarity matrix.
 
-        for j in range(0, len(frames), columns):
-            videos = jax.device_put((tile(frames, j, columns), tile(mask, j, columns)))
-            for i in range(0, len(text), rows):
-                part = np.asarray(self._score(tile(text, i, rows), *videos, logit_scale))
-                scores[i : i + rows, j : j + columns] = part[: len(text) - i, : len(frames) - j]
-        return scores
-
-    def evaluate(self, params: Parameters, data: EvaluationSet) -> tuple[np.ndarray, dict]:
-        """Returns a split's similarity matrix and metrics (`metrics.retrieval_metrics`)."""
+        Returns:
+            The NumPy arrays of ranks.npz by name (`save_jax/README.md`), and the metrics
+            (`metrics.of_ranks`).
+        """
         text = self.embed_captions(params, data.caption_ids)
-        frames, mask = self.embed_videos(params, data)
-        scores = self.similarity(params, text, frames, mask)
-        result = metrics.retrieval_metrics(scores, data.video_of_caption, data.groups)
-        return scores, result
+        videos = self.embed_videos(params, data)
+
+        def rank(frames: Any, keep: ranking.Keep | None = None) -> ranking.Ranks:
+            scale, video = params["clip.logit_scale"], (frames, videos.mask)
+            return self._ranker.rank(scale, text, video, data.video_of_caption, keep)
+
+        ranks = rank(videos.frames, keep)
+        arrays = {
+            "t2v_rank": ranks.t2v,
+            "own_score": ranks.own,
+            "best_videos": ranks.best,
+            "best_scores": ranks.best_scores,
+            "v2t_rank": ranks.v2t,
+            **{f"{branch}_gates": gates for branch, gates in videos.gates.items()},
+            **{f"t2v_rank_{name}": rank(frames).t2v for name, frames in videos.ablated.items()},
+        }
+        return arrays, metrics.of_ranks(ranks.t2v, ranks.v2t[ranks.v2t >= 0], data.groups)
 
 
 def protocol(data: EvaluationSet, selection: str) -> dict:
@@ -154,19 +194,53 @@ def protocol(data: EvaluationSet, selection: str) -> dict:
     }
 
 
-def write(directory: files.Path, data: EvaluationSet, scores: np.ndarray, result: dict) -> None:
+@contextlib.contextmanager
+def _similarity_file(
+    directory: files.Path, captions: int, videos: int, entries: int
+) -> Generator[ranking.Keep | None, None, None]:
+    """Gives what writes tiles of scores to similarity.npy, which appears at the end.
+
+    Without it, gives None, and removes the file of an earlier evaluation.
+
+    Args:
+        directory: as in `write`.
+        captions, videos: rows and columns.
+        entries: the most that are written.
+    """
+    path = directory / SIMILARITY
+    if captions * videos > entries:
+        if jax.process_index() == 0:
+            path.unlink(missing_ok=True)
+        yield None
+    elif jax.process_index():
+        yield lambda rows, first, scores: None  # but tiles are gathered by all processes
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        with files.appearing(path) as temporary:
+            matrix = np.lib.format.open_memmap(temporary, "w+", np.float32, (captions, videos))
+
+            def keep(rows: np.ndarray, first: int, scores: jax.Array) -> None:
+                tile = np.asarray(scores)[: len(rows), : videos - first]
+                matrix[rows, first : first + tile.shape[1]] = tile
+
+            yield keep
+            matrix.flush()
+
+
+def write(
+    directory: files.Path, data: EvaluationSet, arrays: Mapping[str, Any], result: dict
+) -> None:
     """Writes one evaluation as the command-line contract says; metrics.json comes last.
 
     Args:
         directory: evaluation/STEP in a workdir.
-        data: names of the rows and columns.
-        scores: float32 [captions, videos].
+        data: names of the captions and videos.
+        arrays: those of ranks.npz (`Evaluator.evaluate`).
         result: metrics, with their protocol.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    matrix = io.BytesIO()
-    np.save(matrix, scores)
-    files.write(directory / "similarity.npy", matrix.getvalue())
+    with files.appearing(directory / "ranks.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
     captions = zip(data.captions, data.video_of_caption, data.groups, strict=True)
     _write_csv(
         directory / "captions.csv",
@@ -225,11 +299,20 @@ def run_evaluation(
         subset: names what is evaluated where it is not the run's own evaluation split: results
             then go to evaluation/STEP/SUBSET, and scalars to eval/SUBSET/…
     """
-    scores, result = evaluator.evaluate(params, data)
+    directory = results_at(workdir, step, subset)
+    shape, most = (len(data.captions), len(data.video_ids)), evaluator.matrix_entries
+    with _similarity_file(directory, *shape, most) as keep:
+        arrays, found = evaluator.evaluate(params, data, keep)
     facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
-    result: dict[str, Any] = {"step": step, "protocol": facts, **result}
+    written = {"written": keep is not None, "entries": math.prod(shape), "most": most}
+    result: dict[str, Any] = {"step": step, "protocol": facts, SIMILARITY: written, **found}
+    if keep is None:
+        say(
+            f"{SIMILARITY} is not written: it would have {math.prod(shape):,} entries, more than "
+            f"config.eval_matrix_entries = {most:,}. Ranks and scores of the best are in ranks.npz"
+        )
     if jax.process_index() == 0:
-        write(results_at(workdir, step, subset), data, scores, result)
+        write(directory, data, arrays, result)
     name = f"eval/{subset}" if subset else "eval"
     writer.write_scalars(
         step,

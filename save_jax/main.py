@@ -107,9 +107,7 @@ def _train(
         # ------------------------------------------------------------------------------ train
         closing.enter_context(distributed.exit_if_peer_lost())
         step = train.make_train_step(structure, rates, loss, mesh, config["micro_batch"])
-        evaluator = evaluate.Evaluator(
-            structure, mesh, config["eval_batch_size"], loss.local_weight
-        )
+        evaluator = evaluate.Evaluator.of(config, structure, mesh)
         complete = train.train(
             state,
             train.jit_train_step(step, state),
@@ -145,7 +143,7 @@ def _evaluate(
     evaluation = splits.evaluation()
 
     # ---------------------------------------------------------------------------------- state
-    model, loss = configuration.model_config(config), configuration.loss_config(config)
+    model = configuration.model_config(config)
     structure, params, step, source = resume.evaluated_parameters(
         config, workdir, model, mesh, trust_archive
     )
@@ -159,9 +157,7 @@ def _evaluate(
             step,
             f"checkpoint {source}",
             data=evaluation,
-            evaluator=evaluate.Evaluator(
-                structure, mesh, config["eval_batch_size"], loss.local_weight
-            ),
+            evaluator=evaluate.Evaluator.of(config, structure, mesh),
             writer=writer,
             workdir=workdir,
             source=source.removeprefix(f"{workdir}/"),

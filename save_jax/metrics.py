@@ -1,4 +1,7 @@
-"""Retrieval metrics: ranks, R@K, SumR, by direction and by query group (spec section 9)."""
+"""Retrieval metrics: ranks, R@K, SumR, by direction and by query group (spec section 9).
+
+Ranks of a whole similarity matrix define what `save_jax.ranking` counts without one.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +10,24 @@ import numpy as np
 from save_jax.messages import counted
 
 Metrics = dict[str, float]
+
+
+def check_finite(broken: int, size: int) -> None:
+    """Raises ValueError where any of `size` similarities, `broken` of them, is not finite."""
+    if broken:
+        raise ValueError(
+            f"{broken} of {size} similarities are not finite: the parameters are broken"
+        )
+
+
+def check_targets(target: np.ndarray, gallery: int) -> None:
+    """Raises ValueError where a target is no column of a gallery."""
+    absent = target[(target < 0) | (target >= gallery)]
+    if absent.size:
+        raise ValueError(
+            f"{absent.size} targets are not in the gallery, such as column {absent[0]} of "
+            f"{gallery}: leave out the queries without an answer"
+        )
 
 
 def ranks(similarity: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -24,17 +45,8 @@ def ranks(similarity: np.ndarray, target: np.ndarray) -> np.ndarray:
         ValueError: a score is not finite, where a comparison would look like a perfect rank; or a
             target is no column, where a negative one would count from the end.
     """
-    if not np.isfinite(similarity).all():
-        raise ValueError(
-            f"{np.count_nonzero(~np.isfinite(similarity))} of {similarity.size} similarities are "
-            "not finite: the parameters are broken"
-        )
-    absent = target[(target < 0) | (target >= similarity.shape[1])]
-    if absent.size:
-        raise ValueError(
-            f"{absent.size} targets are not in the gallery, such as column {absent[0]} of "
-            f"{similarity.shape[1]}: leave out the queries without an answer"
-        )
+    check_finite(int(np.count_nonzero(~np.isfinite(similarity))), similarity.size)
+    check_targets(target, similarity.shape[1])
     score = np.take_along_axis(similarity, target[:, None], axis=1)
     return (similarity >= score).sum(axis=1) - 1
 
@@ -70,21 +82,35 @@ def video_to_text(similarity: np.ndarray, video_of_caption: np.ndarray) -> np.nd
 def retrieval_metrics(
     similarity: np.ndarray, video_of_caption: np.ndarray, groups: Sequence[str]
 ) -> dict:
-    """Returns the metrics of both directions and of every query group.
+    """Returns the metrics of a whole similarity matrix, as `of_ranks` does.
 
     Args:
         similarity: float [captions, videos].
         video_of_caption: int [captions], the column of each caption's own video.
         groups: one name per caption, "" for none.
+    """
+    return of_ranks(
+        text_to_video(similarity, video_of_caption),
+        video_to_text(similarity, video_of_caption),
+        groups,
+    )
+
+
+def of_ranks(rank: np.ndarray, v2t: np.ndarray, groups: Sequence[str]) -> dict:
+    """Returns the metrics of both directions and of every query group.
+
+    Args:
+        rank: int [captions], of text-to-video, from 0.
+        v2t: int [videos that have captions], of video-to-text, from 0.
+        groups: one name per caption, "" for none.
 
     Returns:
         {"t2v": Metrics, "v2t": Metrics, "groups": {name: {"queries": n, "t2v": Metrics}}}.
     """
-    rank = text_to_video(similarity, video_of_caption)
     group = np.asarray(groups)
     return {
         "t2v": summarise(rank),
-        "v2t": summarise(video_to_text(similarity, video_of_caption)),
+        "v2t": summarise(v2t),
         "groups": {
             name: {"queries": int((group == name).sum()), "t2v": summarise(rank[group == name])}
             for name in dict.fromkeys(groups)

@@ -23,6 +23,8 @@ FREE = {
     "init_from": "not read by a run that has a checkpoint; before that, it counts",
     "data.dir": "data are known by their digests; of a run that has recorded none, it counts",
     "eval_batch_size": "each clip and caption is embedded by itself",
+    "eval_caption_batch_size": "each caption is embedded by itself",
+    "eval_matrix_entries": "whether similarity.npy is written",
     "eval_every": "evaluation changes no parameter",
     "checkpoint_every": "a state is the same whether it is saved or not",
     "log_every": "lines of progress",

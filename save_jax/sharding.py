@@ -272,6 +272,18 @@ def global_array(host: np.ndarray, placed: Sharding, rows: np.ndarray | None = N
     return jax.make_array_from_callback(shape, placed, read)
 
 
+def even_size(count: int, most: int, multiple: int) -> int:
+    """Returns the size of equal batches, as few as there must be, that are hardly padded.
+
+    Args:
+        count: rows in all, at least 1.
+        most: rows of a batch, before rounding up.
+        multiple: what the size must divide by, such as the number of devices.
+    """
+    batches = -(-count // most)
+    return -(-count // (batches * multiple)) * multiple
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts this process's rows of a global batch (`process_rows`) on its devices."""
     count = len(batch.index) * mesh.size // len(mesh.local_devices)

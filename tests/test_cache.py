@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from save_jax import cache, checkpoint, main, optimizer, sharding, train
+from save_jax import cache, checkpoint, main, metrics, optimizer, sharding, train
 from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.data import Splits
@@ -276,6 +276,12 @@ def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, or
         for where in (workdir, tmp_path / "again")
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    # Ranks are those of the processes' own scores.
+    ranks = np.load(workdir / "evaluation" / "5" / "ranks.npz")
+    own = Splits(caching.config(data)).evaluation().video_of_caption
+    np.testing.assert_array_equal(ranks["t2v_rank"], metrics.text_to_video(found, own))
+    np.testing.assert_array_equal(ranks["v2t_rank"], metrics.video_to_text(found, own))
+    np.testing.assert_array_equal(ranks["own_score"], found[np.arange(len(own)), own])
 
 
 def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):

@@ -1,5 +1,7 @@
-"""What the training split says of the labels of soft-ALBEF that it lacks."""
+"""The splits of a config: what lacks labels of soft-ALBEF, and the batches of an evaluation."""
 
+import jax
+import numpy as np
 import pytest
 
 from data_pipelines.prepare import prepare
@@ -52,3 +54,14 @@ def test_training_says_for_how_many_clips_there_are_labels(
     capsys.readouterr()
     Splits(caching.config(out, loss__soft_albef_weight=0.0)).training()
     assert "soft-ALBEF" not in "".join(capsys.readouterr())
+
+
+def test_a_small_split_is_evaluated_in_a_small_batch(tmp_path):
+    """Eight clips were once computed as 64."""
+    root, out = tmp_path / "miniature", tmp_path / "prepared"
+    miniatures.msrvtt(root, n_train=1, n_test=3)
+    recipe = Recipe(image_size=32, fbank_frames=64, max_frames=4)
+    prepare("msrvtt", root=str(root), out=str(out), recipe=recipe, workers=1)
+    [batch] = Splits(caching.config(out, eval_batch_size=64)).evaluation().batches()
+    assert len(batch.index) == jax.device_count()
+    np.testing.assert_array_equal(batch.index, [0, 1, 2, *[-1] * (jax.device_count() - 3)])

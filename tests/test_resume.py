@@ -12,6 +12,8 @@ DIGESTS = {"train": "1" * 64, "test": "2" * 64}
 # Of each kind, and of the sections, a value that base.py has not.
 CHANGED = {
     "eval_batch_size": 128,
+    "eval_caption_batch_size": 128,
+    "eval_matrix_entries": 9,
     "data.dir": "/local/prepared",
     "init_from": "elsewhere",
     "eval_every": 3,

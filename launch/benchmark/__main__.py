@@ -1,7 +1,8 @@
-"""Measures parts of this project against code outside it, in one run.
+"""Measures parts of this project against another way to do the same, in one run.
 
 python -m launch.benchmark input [--clips=N] [--seconds=N] [...]
 python -m launch.benchmark train [--config=FILE] [--batch=N] [...]
+python -m launch.benchmark evaluate [--captions=N] [--videos=N] [...]
 python -m launch.benchmark cache --data=DIR [--config=FILE] [--batch=N] [...]
 
 Each command prints a table and then one line of JSON with the same numbers.
@@ -10,7 +11,7 @@ Each command prints a table and then one line of JSON with the same numbers.
 import argparse
 import sys
 
-from launch.benchmark import cache, train
+from launch.benchmark import cache, evaluate, train
 from launch.benchmark import input as benchmark_input
 from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, exit_codes
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "input", benchmark_input)
     _add(commands, "train", train)
+    _add(commands, "evaluate", evaluate)
     _add(commands, "cache", cache)
     options = parser.parse_args(arguments)
     options.run(options)

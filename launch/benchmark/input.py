@@ -15,10 +15,8 @@ the machine has little effect.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -35,11 +33,9 @@ from data_pipelines.modalities import audio, record
 from data_pipelines.modalities import video as video_files
 from data_pipelines.preparation import prepare
 from data_pipelines.recipe import Recipe
-from launch.benchmark import media
+from launch.benchmark import media, processes
 from save_jax.batch import MAX_WORDS
 from save_jax.errors import UserError
-
-_MEBIBYTE = 2**20
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,13 +93,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     recipe=Recipe(encoding=encoding),
                     workers=workers,
                 )
-            reading[encoding] = _in_own_process(
+            reading[encoding] = processes.in_own_process(
                 read_batches, str(out), options.batch_size, options.seconds
             )
         cut = [clip.video for clip in clips[: media.DISTINCT]]
         for shots, videos in (("one_shot", [str(long_shot)]), ("shots_of_5_s", cut)):
             preparing[shots] = {
-                way.__name__: _in_own_process(_repeat, way, videos, options.seconds)
+                way.__name__: processes.in_own_process(_repeat, way, videos, options.seconds)
                 for way in (reference, to_arrays, to_record)
             }
         one, all_workers = _prepare_with(clips, 1), _prepare_with(clips, workers)
@@ -171,7 +167,7 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
     from data_pipelines.splits import open_split
     from save_jax.tokenizer import Tokenizer
 
-    before = _memory("VmRSS")
+    before = processes.memory("VmRSS")
     split = open_split(data_dir, "folder", "default", "train", {})
     batches = pipeline.train_batches(
         split,
@@ -188,14 +184,7 @@ def read_batches(data_dir: str, batch_size: int, seconds: float) -> dict[str, fl
     for _ in range(4):  # the batches that are prefetched, so that as many are at the end
         next(batches)
     rate = _rate(lambda: next(batches), batch_size, seconds)
-    return {**rate, "memory_before": before, "memory_peak": _memory("VmHWM")}
-
-
-def _in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new process, so that no measurement sees another's memory."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, *arguments).result()
+    return {**rate, "memory_before": before, "memory_peak": processes.memory("VmHWM")}
 
 
 def _repeat(way: Callable[[str], Any], videos: list[str], seconds: float) -> dict[str, float]:
@@ -265,13 +254,6 @@ def _table(results: dict[str, Any]) -> str:
             f"Memory while reading {encoding}: {peak:.0f} MiB at most, {before:.0f} MiB before"
         )
     return "\n".join(lines)
-
-
-def _memory(field: str) -> float:
-    """Returns a field of /proc/self/status of this process, in MiB."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return int(value) * 1024 / _MEBIBYTE
 
 
 def _opencv():

@@ -216,13 +216,12 @@ def trace_programs(
         programs = {"training step": step.trace(state, sharding.abstract_batch(batch, mesh))}
         if training_only:
             return programs
-        size = config["eval_batch_size"]
-        evaluator = evaluate.Evaluator(structure, mesh, size, loss.local_weight)
+        evaluator = evaluate.Evaluator.of(config, structure, mesh)
         params = {**state.trained, **state.frozen}
-        batch = batch_shapes(config, model, size, training=False)
-        ids = jax.ShapeDtypeStruct(
-            (size, config["data"]["max_words"]), "int32", sharding=sharding.batch_sharding(mesh)
-        )
+        batch = batch_shapes(config, model, config["eval_batch_size"], training=False)
+        most = config["eval_caption_batch_size"]
+        shape = sharding.even_size(most, most, mesh.size), config["data"]["max_words"]
+        ids = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(mesh))
         programs["video embedding"] = evaluator.encode_video.trace(
             params, sharding.abstract_batch(batch, mesh)
         )

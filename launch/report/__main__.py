@@ -30,6 +30,7 @@ METRICS = ("SumR", "R1", "R5", "R10", "MdR", "MnR")
 RANKS = ("MdR", "MnR")  # for these, lower is better
 # Keys that say where or how a run works, not what it computes.
 PLACES = ("data.dir", "cache.dir", "mode", "log_every", "checkpoint_every")
+PLACES += ("eval_caption_batch_size", "eval_matrix_entries")
 ABSENT = "-"
 
 

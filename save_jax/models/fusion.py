@@ -125,12 +125,18 @@ class FusionBlock(nnx.Module):
         self.ln_3 = layers.layer_norm(width, EPSILON, dtype, rngs)
         self.ln_4 = layers.layer_norm(width, EPSILON, dtype, rngs)
 
+    def gates(
+        self, x: Float[Array, "batch frames width"], m: Float[Array, "batch tokens width"]
+    ) -> tuple[Float[Array, "batch 1 1"], Float[Array, "batch 1 1"]]:
+        """Returns the gates of cross-attention and of the feed-forward layer."""
+        # Both gates see the block's input; the means run over padded frames too.
+        summary = jnp.concatenate([x.mean(axis=1), m.mean(axis=1)], axis=-1)
+        return self.attn_gate(summary), self.ff_gate(summary)
+
     def __call__(
         self, x: Float[Array, "batch frames width"], m: Float[Array, "batch tokens width"]
     ) -> Float[Array, "batch frames width"]:
-        # Both gates see the block's input; the means run over padded frames too.
-        summary = jnp.concatenate([x.mean(axis=1), m.mean(axis=1)], axis=-1)
-        attn_gate, ff_gate = self.attn_gate(summary), self.ff_gate(summary)
+        attn_gate, ff_gate = self.gates(x, m)
         x = x + attn_gate * self.cross_attn(self.ln_3(x), m)
         x = x + ff_gate * self.cross_ff(self.ln_4(x))
         x = x + self.attn(self.ln_1(x))
@@ -160,3 +166,14 @@ class GatedFusion(nnx.Module):
         self, v: Float[Array, "batch frames width"], m: Float[Array, "batch tokens width"]
     ) -> Float[Array, "batch frames width"]:
         return self.blocks(v, m)
+
+    def with_gates(
+        self, v: Float[Array, "batch frames width"], m: Float[Array, "batch tokens width"]
+    ) -> tuple[Float[Array, "batch frames width"], Float[Array, "batch layers 2"]]:
+        """Returns the frames as a call does, and each block's gates: attention, feed-forward."""
+
+        def gates(block: FusionBlock, x: Array, m: Array) -> Array:
+            return jnp.concatenate(block.gates(x, m), axis=-1)[:, 0]
+
+        fused, found = self.blocks.observed(gates, v, m)
+        return fused, found.swapaxes(0, 1)

@@ -260,16 +260,33 @@ class Stack(nnx.Module):
         self, x: Float[Array, "batch tokens width"], *context: Array
     ) -> Float[Array, "batch tokens width"]:
         """Runs x through the blocks; every block also gets the `context` arrays unchanged."""
+        return self._scan(x, context, None)[0]
+
+    def observed(
+        self, observe: Callable[..., Array], x: Float[Array, "batch tokens width"], *context: Array
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "layers ..."]]:
+        """Runs x through the blocks, and returns what `observe` finds in each of them too.
+
+        Args:
+            observe: (block, its input, *context) -> an array.
+            x, context: as in a call.
+        """
+        return self._scan(x, context, observe)
+
+    def _scan(
+        self, x: Array, context: tuple[Array, ...], observe: Callable[..., Array] | None
+    ) -> tuple[Array, Any]:
         graphdef, layers = nnx.split(self.layer)
 
         def body(x, layer):
             block = nnx.merge(graphdef, sharding.all_gather(layer))
-            return block(sharding.shard_rows(x), *context), None
+            x = sharding.shard_rows(x)
+            return block(x, *context), observe(block, x, *context) if observe else None
 
         run: Callable[..., Any] = body
         if self.remat != "none":
             run = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x, layers)[0]
+        return jax.lax.scan(run, x, layers)
 
 
 def set_execution(model: nnx.Module, *, remat: str, attention: str) -> None:

@@ -1,8 +1,8 @@
 """SAVE: sight, sound and speech in; embeddings of captions and videos out (spec sections 1-5)."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,25 @@ class VideoEmbedding(NamedTuple):
     mask: Bool[Array, "batch frames"]
 
 
+class Views(NamedTuple):
+    """What an evaluation asks of B videos: with all branches, and with some left out.
+
+    Attributes:
+        frames: [B, F, D], as `VideoEmbedding.fused`.
+        mask: bool [B, F], True where a frame is real.
+        ablated: [B, F, D] each, by name: the same without the sound branch ("without_sound"),
+            without speech ("without_speech"), without both ("vision_alone"). Of a model with one
+            of these branches, the last alone; without both, none.
+        gates: [B, layers, 2] each, of "sound" and "speech": how far each block of a fusion stack
+            opens its gates of attention and of the feed-forward layer (spec section 4).
+    """
+
+    frames: Float[Array, "batch frames dim"]
+    mask: Bool[Array, "batch frames"]
+    ablated: dict[str, Float[Array, "batch frames dim"]]
+    gates: dict[str, Float[Array, "batch layers 2"]]
+
+
 class SAVE(nnx.Module):
     """The three branches and their encoders."""
 
@@ -184,24 +203,61 @@ class SAVE(nnx.Module):
 
         Outputs of frozen encoders may be in the batch already (`save_jax.cache`).
         """
+        v, audio, branches = self._branches(batch, lambda stack, v, m: stack(v, m))
+        return VideoEmbedding(self._fuse(v, branches), v, audio, batch.frame_mask)
+
+    def encode_views(self, batch: Batch) -> Views:
+        """Embeds videos as `encode_video`, and as if branches were left out, with the gates."""
+        v, _, found = self._branches(batch, lambda stack, v, m: stack.with_gates(v, m))
+        branches = {name: fused for name, (fused, _) in found.items()}
+        ablated = {}
+        if len(branches) > 1:
+            for name in branches:
+                kept = {other: x for other, x in branches.items() if other != name}
+                ablated[f"without_{name}"] = self._fuse(v, kept)
+        if branches:
+            ablated["vision_alone"] = self._fuse(v, {})
+        gates = {name: gates for name, (_, gates) in found.items()}
+        return Views(self._fuse(v, branches), batch.frame_mask, ablated, gates)
+
+    def _branches(
+        self, batch: Batch, run: Callable[[GatedFusion, Array, Array], Any]
+    ) -> tuple[Array, Array | None, dict[str, Any]]:
+        """Encodes what the branches read of videos.
+
+        Args:
+            batch: the videos.
+            run: (fusion stack, frames, tokens of the modality) -> what to return of that branch.
+
+        Returns:
+            The frames with their positions (v), the resampled sound tokens (r) or None, and what
+            `run` gives, by branch: "sound", "speech".
+        """
         v = self._given(batch.frame_embeddings)
         if v is None:
             v = self.encode_frames(_required(batch, "frames"), batch.frame_mask)
         if self.config.frame_positions:
             v = v + self.frame_positions[: v.shape[1]].astype(v.dtype)
-        fused, audio = self.config.vision_weight * v, None
+        audio, branches = None, {}
         if self.config.sound_weight:
             states = self._given(batch.ast_states)
             if states is None:
                 states = self.encode_audio(_required(batch, "fbank"))
             audio = self.audio_resampler(self.audio_projection(self.ast.norm(states)))
-            fused = fused + self.config.sound_weight * self.audio_fusion(v, audio)
+            branches["sound"] = run(self.audio_fusion, v, audio)
         if self.config.speech_weight:
             speech = self._given(batch.speech_states)
             if speech is None:
                 speech = self.encode_speech(_required(batch, "transcript_ids"))
-            fused = fused + self.config.speech_weight * self.speech_fusion(v, speech)
-        return VideoEmbedding(fused, v, audio, batch.frame_mask)
+            branches["speech"] = run(self.speech_fusion, v, speech)
+        return v, audio, branches
+
+    def _fuse(self, v: Array, branches: Mapping[str, Array]) -> Array:
+        """Returns ṽ, the weighted sum of frames and branches (spec section 5)."""
+        fused = self.config.vision_weight * v
+        for name, x in branches.items():
+            fused = fused + getattr(self.config, f"{name}_weight") * x
+        return fused
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "batch dim"], VideoEmbedding]:
         """Embeds captions and videos of a training batch."""

@@ -83,7 +83,7 @@ def program(model, rates, loss):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
     graphdef, state = train.create_state(model, rates, 0, mesh)
     step = jax.jit(train.make_train_step(graphdef, rates, loss, mesh))
-    return mesh, state, step, evaluate.Evaluator(graphdef, mesh, BATCH, loss.local_weight)
+    return mesh, state, step, evaluate.Evaluator(graphdef, mesh, BATCH, loss.local_weight, 1000)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

@@ -55,6 +55,57 @@ def test_equals_the_reference(name, save):
         assert video.audio is None
 
 
+@pytest.fixture(scope="module")
+def views(save):
+    """What an evaluation asks of the whole model."""
+    _, graphdef, _ = small.pair()
+    return jax.jit(lambda p, batch: params.merge(graphdef, p).encode_views(batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("without_sound", {"sound_weight": 0.0}),
+        ("without_speech", {"speech_weight": 0.0}),
+        ("vision_alone", {"sound_weight": 0.0, "speech_weight": 0.0}),
+    ],
+)
+def test_a_view_is_the_model_without_those_branches(save, views, name, left_out):
+    _, _, ours = save
+    batch = small.batch()
+    found = views(ours, batch)
+    sizes = dataclasses.replace(small.SIZES, **left_out)
+    graphdef, expected = small.abstract(small.config(sizes, "float32"))
+    run = jax.jit(lambda p, batch: params.merge(graphdef, p).encode_video(batch).fused)
+    fused = run({key: ours[key] for key in expected}, without_unused(batch, sizes))
+    np.testing.assert_allclose(found.ablated[name], fused, atol=2e-5)
+    assert np.abs(found.ablated[name] - found.frames).max() > 0.01
+
+
+def test_views_of_the_whole_model_and_its_gates(save, views):
+    _, run, ours = save
+    found = views(ours, small.batch())
+    _, video = run(ours, small.batch())
+    np.testing.assert_allclose(found.frames, video.fused, atol=1e-5)
+    assert set(found.ablated) == {"without_sound", "without_speech", "vision_alone"}
+    # The first block's, by hand (spec section 4); of sound, whose tokens are at hand.
+    summary = np.concatenate([video.visual.mean(axis=1), video.audio.mean(axis=1)], axis=-1)
+    for number, gate in enumerate(("attn_gate", "ff_gate")):
+        fc, proj = (
+            np.asarray(ours[f"audio_fusion.blocks.layer.{gate}.{part}.kernel"][0])
+            for part in ("fc", "proj")
+        )
+        hidden = summary @ fc
+        expected = np.tanh(hidden / (1 + np.exp(-1.702 * hidden)) @ proj)[:, 0]
+        np.testing.assert_allclose(found.gates["sound"][:, 0, number], expected, atol=1e-5)
+    # Without gates nothing comes in, in any block.
+    closed = {name: 0 * ours[name] for name in ours if "gate.proj" in name}
+    found = views(ours | closed, small.batch())
+    layers = small.SIZES.fusion_layers
+    for name in ("sound", "speech"):
+        np.testing.assert_array_equal(found.gates[name], np.zeros((len(video.mask), layers, 2)))
+
+
 def test_padding_frames_hold_anything(save):
     _, run, ours = save
     batch = small.batch()

@@ -14,7 +14,9 @@ TINY = ["--clips=2", "--clip_seconds=2", "--seconds=0", "--batch_size=2", "--wor
 
 def test_the_command_at_tiny_size(monkeypatch, capsys):
     # Each measurement has a process of its own, which takes seconds to start.
-    monkeypatch.setattr(benchmark_input, "_in_own_process", lambda f, *arguments: f(*arguments))
+    monkeypatch.setattr(
+        benchmark_input.processes, "in_own_process", lambda f, *arguments: f(*arguments)
+    )
     assert benchmark.main(["input", *TINY]) == 0
     lines = capsys.readouterr().out.splitlines()
     results = json.loads(lines[-1])

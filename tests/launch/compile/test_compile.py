@@ -64,6 +64,7 @@ def tiny(data_dir: str = "") -> dict:
     config.model.update(fusion_layers=1, audio_queries=4, remat="products")
     config.mesh.fsdp = 2
     config.update(batch_size=16, micro_batch=8, eval_batch_size=8, steps=3)
+    config.eval_caption_batch_size = 8
     config.data.update(max_frames=4, max_words=16, dir=str(data_dir))
     return config.to_dict()
 
