@@ -64,7 +64,9 @@ def ours(started, graphdef, batch):
 
     states = audio_states(started, batch.fbank.astype(np.float32))
     compute = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=OPTIMISED)
-    update = jax.jit(update, donate_argnums=(1, 2), compiler_options=OPTIMISED)  # at this size copies count
+    update = jax.jit(
+        update, donate_argnums=(1, 2), compiler_options=OPTIMISED
+    )  # at this size copies count
     trained, frozen = optimizer.partition(started, CONFIG)
     trained = jax.tree.map(jnp.copy, trained)
     state, first = jax.jit(transformation.init)(trained), None
