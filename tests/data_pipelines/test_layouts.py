@@ -125,9 +125,10 @@ def test_it_trains_and_evaluates(name, prepared):
     assert "audio_resampler.query_tokens" in changed and len(changed) > len(before) / 2
 
     evaluation = data.evaluation()
-    scores, result = evaluator.evaluate({**state.trained, **state.frozen}, evaluation)
-    assert scores.shape == (len(evaluation.captions), len(EXPECTED[name]["test"]))
-    assert np.isfinite(scores).all() and 0 <= result["t2v"]["SumR"] <= 300
+    ranks, result = evaluator.evaluate({**state.trained, **state.frozen}, evaluation)
+    assert ranks["best_scores"].shape == (len(evaluation.captions), len(EXPECTED[name]["test"]))
+    assert ranks["v2t_rank"].shape == (len(EXPECTED[name]["test"]),)
+    assert np.isfinite(ranks["best_scores"]).all() and 0 <= result["t2v"]["SumR"] <= 300
 
 
 def test_groups_reach_the_results(prepared):

@@ -172,7 +172,11 @@ def test_a_workdir_with_optimiser_state_gives_its_latest_step(tmp_path):
     manager = checkpoint.Checkpoints(tmp_path)
     for step in (3, 12):
         state = checkpoint.TrainState(
-            np.int32(step), {k: v + (step == 3) for k, v in expected.items()}, {}, {"m": np.ones(4)}
+            step=np.int32(step),
+            trained={k: v + (step == 3) for k, v in expected.items()},
+            frozen={},
+            opt_state={"m": np.ones(4)},
+            hyperparameters=(),
         )
         manager.save(state, step, None)
         manager.wait()
