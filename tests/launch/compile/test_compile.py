@@ -191,6 +191,7 @@ def test_what_does_not_fit_is_told_with_what_it_would_need():
 
 
 @needs_libtpu
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache:UserWarning")
 def test_a_program_that_libtpu_cannot_read_back(monkeypatch):
     target = compile_.find_target("v5e:1x1")
     one = jax.sharding.SingleDeviceSharding(target.devices[0])

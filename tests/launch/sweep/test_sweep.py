@@ -43,7 +43,7 @@ def test_all_points_run_on_their_own_devices_and_only_once(tmp_path, write_confi
 
 @pytest.mark.usefixtures("stand_in")
 def test_no_more_than_the_jobs_run_at_once_and_no_device_twice(tmp_path, write_config, monkeypatch):
-    monkeypatch.setenv("STAND_IN_PAUSE", "0.05")
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.2")
     most = []
     start = local.Runner._start
 
