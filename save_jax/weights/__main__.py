@@ -14,6 +14,7 @@ import sys
 from collections.abc import Generator, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from configs import base
@@ -140,12 +141,15 @@ def _import(args: argparse.Namespace) -> None:
         _, expected = parameters.split(nnx.eval_shape(lambda: SAVE(model, nnx.Rngs(params=0))))
     loaded = loading.read(args.source, model, expected, trust_archive=args.trust_archive)
     with _appearing_at_once(args.out) as temporary:
-        checkpoint.write_parameters(temporary, loaded.parameters)
+        # One by one, because orbax would keep a second copy of all NumPy arrays.
+        found = loaded.parameters
+        placed = {name: jnp.asarray(found.pop(name)) for name in list(found)}
+        checkpoint.write_parameters(temporary, placed)
         facts = {"sources": args.source, "torch": loaded.names}
         (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     for note in loaded.notes:
         print(note)
-    count = sum(value.size for value in loaded.parameters.values())
+    count = sum(value.size for value in placed.values())
     print(f"{args.out}: {count:,} parameters; use it with --config.init_from={args.out}")
 
 
