@@ -259,9 +259,9 @@ def global_array(host: np.ndarray, placed: Sharding, rows: np.ndarray | None = N
         rows: which rows of the global array `host` has, if not all: those of `process_rows`.
     """
     if rows is None:
-        return jax.make_array_from_callback(
-            host.shape, placed, lambda index: np.asarray(host[index])
-        )
+        # Copies: a CPU's devices may use host memory as it is, and what shares memory with another
+        # array cannot be donated.
+        return jax.make_array_from_callback(host.shape, placed, lambda index: np.array(host[index]))
     each = len(rows) // len(placed.addressable_devices)
 
     def read(index: Any) -> np.ndarray:
