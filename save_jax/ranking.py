@@ -268,9 +268,7 @@ class Ranker:
     def _everywhere(self, tree: Any) -> Any:
         """Puts whole arrays of the host, the same on every process, on every device."""
         whole = sharding.replicated(self._mesh)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, whole, lambda i: np.asarray(x[i])), tree
-        )
+        return jax.tree.map(lambda x: sharding.global_array(x, whole), tree)
 
     def _unbeaten(self, width: int) -> _Beaten:
         none = np.zeros(width, np.int32)

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from launch.compile import program as compile_
 from save_jax import sharding
 from save_jax.errors import UserError
+from tests.support import system
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64",
@@ -31,11 +32,7 @@ TWO = [(name, 2) for name, _ in ONE if math.prod(map(int, name.split(":")[1].spl
 
 @pytest.fixture(autouse=True)
 def libtpu_environment(monkeypatch):
-    """What libtpu is told must not reach the processes that other tests start."""
-    jax.devices()  # the CPU's compiler has read its flags, some of which libtpu does not know
-    monkeypatch.setenv("XLA_FLAGS", "")
-    for key, value in compile_.LIBTPU.items():
-        monkeypatch.setenv(key, value)
+    system.use_libtpu(monkeypatch)
 
 
 @functools.cache

@@ -4,7 +4,10 @@ import os
 import pathlib
 import shutil
 
+import jax
 import pytest
+
+from launch.compile.program import LIBTPU
 
 PACKAGES = pathlib.Path(__file__).parents[1] / "debian.txt"
 
@@ -29,3 +32,11 @@ def need(program: str, package: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{message} ({PACKAGES} names it)")
     pytest.skip(message)
+
+
+def use_libtpu(monkeypatch) -> None:
+    """Sets libtpu's environment for one test: it must not reach what other tests start."""
+    jax.devices()  # the CPU's compiler has read its flags, some of which libtpu does not know
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for key, value in LIBTPU.items():
+        monkeypatch.setenv(key, value)

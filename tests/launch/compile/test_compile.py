@@ -18,7 +18,7 @@ from launch.compile import command, hlo, roofline
 from launch.compile import program as compile_
 from save_jax import main, sharding, train
 from save_jax.errors import UserError
-from tests.support import miniatures
+from tests.support import miniatures, system
 from tests.support.training import mesh_of
 
 CLIP = {
@@ -41,11 +41,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def libtpu_environment(monkeypatch):
-    """What libtpu is told must not reach the processes that other tests start."""
-    jax.devices()  # the CPU's compiler has read its flags, some of which libtpu does not know
-    monkeypatch.setenv("XLA_FLAGS", "")
-    for key, value in compile_.LIBTPU.items():
-        monkeypatch.setenv(key, value)
+    system.use_libtpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")
