@@ -13,8 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import configs
-from save_jax import config as configuration
-from save_jax import distributed
+from save_jax import config_files, distributed
 from save_jax.errors import EXIT_CODES, UserError
 
 DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
@@ -58,13 +57,13 @@ def parse(
         chosen = [f"--config={DEMO}"]
     ordered = [argv[0], *chosen, *rest]
     values = flags.FlagValues()
-    configuration.define_flag(values, ordered)
+    config_files.define_flag(values, ordered)
     define(values)
     _define_processes(values)
     if any(arg.lstrip("-") in ("help", "h", "helpfull", "helpshort") for arg in rest):
         print(f"{description.strip()}\n\n{values.get_help()}\n\n{EXIT_CODES}")
         sys.exit(0)
-    stray = configuration.parse_flags(values, ordered)
+    stray = config_files.parse_flags(values, ordered)
     if stray:
         raise UserError(f"unexpected arguments: {' '.join(stray)}")
     explicit = tuple(config_flags.get_override_values(values["config"]))

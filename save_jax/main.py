@@ -26,6 +26,7 @@ from save_jax import (
     recorded,
     resume,
     sharding,
+    stopping,
     train,
 )
 from save_jax import config as configuration
@@ -122,7 +123,7 @@ def _train(
             checkpoints=checkpoints,
             meter=Meter(plan, rates, writer, first=resumed or 0),
             plan=plan,
-            stop=closing.enter_context(train.StopRequest(mesh)),
+            stop=closing.enter_context(stopping.StopRequest(mesh)),
         )
 
     # -------------------------------------------------------------------------------- summary

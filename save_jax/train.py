@@ -1,8 +1,6 @@
 """The training step and the training loop."""
 
 import collections
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +20,7 @@ from save_jax.objectives import LossConfig
 from save_jax.optimizer import Hyperparameters, OptimizerConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import say
+from save_jax.stopping import StopRequest
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -215,57 +214,6 @@ def jit_train_step(train_step: TrainStep, state: TrainState) -> jax.stages.Wrapp
     mesh = sharding.mesh_of(state.step)
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-
-
-class StopRequest:
-    """Makes Ctrl-C and SIGTERM ask all processes to stop after the same step, with a checkpoint.
-
-    A signal may reach one process only, and not at the same step everywhere. So with every step
-    the processes vote, and act upon a vote when they read that step's results.
-
-    It is a context manager: handlers are those of before once it is left. Python sets handlers in
-    the main thread only; in another one (a notebook's, a launcher's) signals stay the caller's, who
-    may call `request`.
-    """
-
-    def __init__(self, mesh: jax.sharding.Mesh) -> None:
-        self.signal: signal.Signals | None = None
-        self.agreed = False
-        self._mesh = mesh
-        self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def request(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Asks for the stop as this signal would."""
-        self.signal = number
-
-    def _note(self, number: int, frame: Any) -> None:
-        del frame
-        self.request(signal.Signals(number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is immediate
-
-    def vote(self) -> jax.Array | None:
-        """Casts this process's vote at this step, to be counted later; None if it is alone."""
-        if jax.process_count() == 1:
-            return None
-        rows = sharding.process_rows(self._mesh, self._mesh.size)  # one for each device
-        mine = np.full(len(rows), self.signal is not None)
-        return self._any(sharding.global_array(mine, sharding.batch_sharding(self._mesh), rows))
-
-    def count(self, vote: jax.Array | None) -> None:
-        """Waits for a vote, and notes its outcome."""
-        self.agreed |= bool(vote) if vote is not None else self.signal is not None
 
 
 def check_finite(

@@ -12,6 +12,7 @@ from etils import epath
 
 from launch.report import runs
 from save_jax import config as configuration
+from save_jax import config_files
 from save_jax.errors import UserError
 from save_jax.messages import counted
 
@@ -90,7 +91,7 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: the file, a key or a value is wrong.
     """
-    resolved = configuration.read(config, overrides)
+    resolved = config_files.read(config, overrides)
     configuration.check(resolved, devices=())  # another machine's devices may run it
     return resolved
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import base
-from save_jax import checkpoint, files, parameters, recorded
+from save_jax import checkpoint, config_files, files, parameters, recorded
 from save_jax import config as configuration
 from save_jax.arguments import ArgumentParser
 from save_jax.errors import (
@@ -120,7 +120,7 @@ def _model(args: argparse.Namespace) -> SAVEConfig | None:
     if args.config:
         if args.clip or args.ast:
             raise UserError("--config gives the sizes of CLIP and AST: leave out --clip and --ast")
-        return configuration.model_config(configuration.read(args.config), devices=())
+        return configuration.model_config(config_files.read(args.config), devices=())
     if not args.clip and not args.ast:
         return None
     for kind, variants in (("clip", clip.VARIANTS), ("ast", ast.VARIANTS)):

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from save_jax import distributed, sharding, train
+from save_jax import distributed, sharding, stopping
 from tests.support import device_orders, synthetic
 
 AXES = ({"data": -1}, {"data": -1, "fsdp": 2}, {"data": 1, "fsdp": -1})
@@ -60,7 +60,7 @@ def check_weights(mesh: jax.sharding.Mesh) -> None:
 def check_votes(mesh: jax.sharding.Mesh) -> None:
     """All stop if any one is asked to, whichever it is, and none if none is."""
     for voter in (None, *range(jax.process_count())):
-        stop = train.StopRequest(mesh)
+        stop = stopping.StopRequest(mesh)
         if voter == jax.process_index():
             stop.request()
         stop.count(stop.vote())

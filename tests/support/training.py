@@ -18,7 +18,7 @@ import sys
 
 import jax
 
-from save_jax import distributed, evaluate, sharding, train
+from save_jax import distributed, evaluate, sharding, stopping, train
 from save_jax.checkpoint import Checkpoints
 from save_jax.errors import UserError
 from save_jax.meter import Meter, Plan
@@ -103,7 +103,7 @@ def run(
         log_every=1,
     )
     try:
-        with train.StopRequest(mesh) as stop, distributed.exit_if_peer_lost():
+        with stopping.StopRequest(mesh) as stop, distributed.exit_if_peer_lost():
             train.train(
                 state,
                 keep,
