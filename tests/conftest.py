@@ -41,7 +41,6 @@ LONGEST = (
     "tests/test_train.py",
     "tests/test_scaling.py",
     "tests/weights/test_full_size.py",
-    "tests/test_full_size.py",
     "tests/test_evaluated_run.py",
     "tests/test_workdir.py",
     "tests/data_pipelines/modalities/test_whisper.py",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -227,9 +228,10 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
     assert [code for code, _ in job] == [0, 0], job
     assert_same_cache(cached, out)
     arguments = overrides(data, mesh__fsdp=4, micro_batch=4, cache__dir=out)
-    job = together("save_jax.main", *arguments, f"--workdir={workdir}")
+    arguments = ["save_jax.main", *arguments, f"--workdir={workdir}"]
+    job = together("tests.support.device_orders", "interleaved", *arguments)
     assert [code for code, _ in job] == [0, 0], job
-    np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
+    assert_same_run(data, computed, workdir, tmp_path / "again")
 
 
 def assert_same_cache(one, other):
@@ -240,40 +242,17 @@ def assert_same_cache(one, other):
             np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
-def orders(*usual: str):
-    """Orders of the devices of two processes and of four; those of `make test` are of two."""
-    every = [(order, count) for count in (2, 4) for order in ("interleaved", "reversed", "random")]
-    marks = {(o, n): () if n == 2 and o in usual else pytest.mark.soak for o, n in every}
-    return pytest.mark.parametrize(
-        ("order", "count"), [pytest.param(*each, marks=mark) for each, mark in marks.items()]
-    )
-
-
-@orders()  # the test above has one in `make test`
-def test_the_order_of_devices_does_not_change_a_cache(data, cached, tmp_path, order, count):
-    arguments = ["save_jax.cache", *overrides(data), "--dtype=float32", f"--out={tmp_path}"]
-    job = together("tests.support.device_orders", order, *arguments, count=count)
-    assert [code for code, _ in job] == [0] * count, job
-    assert_same_cache(cached, tmp_path)
-
-
-@orders("interleaved")
-def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, order, count):
-    workdir = tmp_path / "run"
-    arguments = ["save_jax.main", *overrides(data), f"--workdir={workdir}"]
-    job = together("tests.support.device_orders", order, *arguments, count=count)
-    assert [code for code, _ in job] == [0] * count, job
+def assert_same_run(data, computed, workdir, again):
+    """Asserts that a run of several processes is that of one, evaluation and all."""
     np.testing.assert_allclose(losses(workdir), losses(computed), rtol=0, atol=1e-5)
     shapes = checkpoint.parameter_shapes(computed)
     found = checkpoint.read_parameters(workdir, shapes)
     for name, value in checkpoint.read_parameters(computed, shapes).items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
     # The same checkpoint, evaluated by one process.
-    again = caching.config(data, mode="evaluate", init_from=str(workdir))
-    assert main.run(again, tmp_path / "again")
+    assert main.run(caching.config(data, mode="evaluate", init_from=str(workdir)), again)
     found, expected = (
-        np.load(where / "evaluation" / "5" / "similarity.npy")
-        for where in (workdir, tmp_path / "again")
+        np.load(where / "evaluation" / "5" / "similarity.npy") for where in (workdir, again)
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     # Ranks are those of the processes' own scores.
@@ -282,6 +261,31 @@ def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, or
     np.testing.assert_array_equal(ranks["t2v_rank"], metrics.text_to_video(found, own))
     np.testing.assert_array_equal(ranks["v2t_rank"], metrics.video_to_text(found, own))
     np.testing.assert_array_equal(ranks["own_score"], found[np.arange(len(own)), own])
+
+
+# Of two processes and of four; `make test` has one order of writing, and one of training, above.
+EVERY_ORDER = pytest.mark.parametrize(
+    ("order", "count"), [*itertools.product(("interleaved", "reversed", "random"), (2, 4))]
+)
+
+
+@pytest.mark.soak
+@EVERY_ORDER
+def test_the_order_of_devices_does_not_change_a_cache(data, cached, tmp_path, order, count):
+    arguments = ["save_jax.cache", *overrides(data), "--dtype=float32", f"--out={tmp_path}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
+    assert_same_cache(cached, tmp_path)
+
+
+@pytest.mark.soak
+@EVERY_ORDER
+def test_the_order_of_devices_does_not_change_a_run(data, computed, tmp_path, order, count):
+    workdir = tmp_path / "run"
+    arguments = ["save_jax.main", *overrides(data), f"--workdir={workdir}"]
+    job = together("tests.support.device_orders", order, *arguments, count=count)
+    assert [code for code, _ in job] == [0] * count, job
+    assert_same_run(data, computed, workdir, tmp_path / "again")
 
 
 def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):

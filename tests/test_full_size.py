@@ -91,6 +91,7 @@ def whole_model():
     jax.clear_caches()
 
 
+@pytest.mark.soak  # 10 GB, and two minutes
 def test_the_whole_model_over_five_steps(whole_model):
     theirs, graphdef, started = whole_model
     batch = small.batch(clips=3, frames=2, length=8, sizes=SIZES)

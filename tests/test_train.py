@@ -18,7 +18,7 @@ from save_jax.errors import NonFiniteLossError
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from tests.support import synthetic
-from tests.support.training import FIVE, RATES, mesh_of, program, run
+from tests.support.training import FIVE, RATES, VISION, mesh_of, program, run
 
 
 def lines(workdir) -> list[dict]:
@@ -110,30 +110,30 @@ def test_logit_scale_never_exceeds_ln_100():
     assert float(state.trained["clip.logit_scale"]) == pytest.approx(math.log(100))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The parameters that a run in a process of its own ends with."""
+@pytest.fixture(scope="module", params=["--vision", pytest.param("", marks=pytest.mark.soak)])
+def uninterrupted(tmp_path_factory, request):
+    """A model's flag, and the parameters that its run in a process of its own ends with."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    assert process(workdir, "never") == 0
-    return final_parameters(workdir)
+    assert process(workdir, "never", request.param) == 0
+    return request.param, final_parameters(workdir, request.param)
 
 
-def process(workdir, moment: str) -> int:
+def process(workdir, moment: str, model: str) -> int:
     # All processes run one program: compiling it once is enough.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
-        [sys.executable, "-m", "tests.support.training", str(workdir), moment],
+        [sys.executable, "-m", "tests.support.training", *model.split(), str(workdir), moment],
         check=False,
         capture_output=True,
         env=os.environ | cache,
     ).returncode
 
 
-def final_parameters(workdir) -> dict[str, np.ndarray]:
-    like = program(RATES, 1)[1]
+def final_parameters(workdir, model: str) -> dict[str, np.ndarray]:
+    like = program(RATES, 1, VISION if model else synthetic.MODEL)[1]
     step, params = load_parameters(workdir, {**like.trained, **like.frozen})
     assert step == RATES.total_steps
     return params
@@ -141,11 +141,12 @@ def final_parameters(workdir) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("moment", ["step", "write", "evaluation"])
 def test_a_killed_run_goes_on_bit_identically(tmp_path, uninterrupted, moment):
-    assert process(tmp_path, moment) == -signal.SIGKILL
+    model, expected = uninterrupted
+    assert process(tmp_path, moment, model) == -signal.SIGKILL
     if moment == "write":
         assert list((tmp_path / "checkpoints").glob("*tmp*")), "killed too late: nothing is open"
-    assert process(tmp_path, "never") == 0
-    assert_identical(uninterrupted, final_parameters(tmp_path))
+    assert process(tmp_path, "never", model) == 0
+    assert_identical(expected, final_parameters(tmp_path, model))
     assert [x["step"] for x in lines(tmp_path) if "loss" in x] == list(range(1, 13))
 
 
