@@ -406,7 +406,7 @@ def test_a_damaged_config_is_named(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json.*restore it"):
-        config_files.read(path)
+        config_files.read(str(path))
 
 
 @pytest.mark.parametrize("root", ["disk", "gs://bucket"])

@@ -237,12 +237,15 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
 @pytest.mark.parametrize("run", [main.main, cache.command])
 def test_sigterm_before_the_first_step_is_code_75(monkeypatch, capsys, run):
     """A job that is preempted while it starts must be started again."""
-    before = signal.getsignal(signal.SIGTERM)
     # Not os.kill: the system may hand that to another thread, and parsing would be over before.
     monkeypatch.setattr(cli, "parse", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert run(["command"]) == os.EX_TEMPFAIL
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run(["command"]) == os.EX_TEMPFAIL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert "the same command resumes" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_workdir_is_required():
