@@ -90,6 +90,11 @@ def get_config() -> ConfigDict:
     config.eval_every = 1  # epochs between evaluations; the last step is always evaluated
     config.checkpoint_every = 500  # steps; evaluated steps are always kept
     config.log_every = 20  # steps; runs of up to 100 steps log each
+    # "10:20" writes a trace of steps 10 to 19, counted from 1, to WORKDIR/profile; "": none.
+    config.profile = ""
+    # Decay of a moving average of the trained parameters, say 0.999, which is evaluated beside
+    # them: evaluation/STEP/ema. 0: none.
+    config.ema = 0.0
     # Devices along each axis; -1: all that remain. Batches are sharded over both axes, parameters
     # and optimiser state along fsdp too: for models that are too large for one device. Any pair
     # whose product is the number of devices; of several TPU slices, fsdp is of one slice's.
@@ -129,7 +134,7 @@ def get_config() -> ConfigDict:
 
     # Peak learning rates; a group of rate 0 is frozen, and costs no optimiser memory. What belongs
     # to which group: save_jax/optimizer.py. clip=0 freezes all of CLIP, temperature included.
-    config.optimizer = ConfigDict(_defaults(OptimizerConfig, "total_steps"))
+    config.optimizer = ConfigDict(_defaults(OptimizerConfig, "total_steps", "ema"))
     return config
 
 

@@ -28,6 +28,7 @@ from save_jax.parameters import Parameters
 DIRECTORY = "checkpoints"  # within a workdir
 COMMITTED = "commit_success.txt"  # orbax's name for what is written last, in gs://
 BEST_METRIC = "SumR"  # of text→video
+PARAMETERS, AVERAGE = "parameters", "ema"  # parts of a checkpoint
 SHOWN = 5  # names shown of a long list
 # How TensorStore says that a disk is full, and that a store fails: its statuses, as text.
 _FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")
@@ -42,6 +43,8 @@ class TrainState(NamedTuple):
         trained, frozen: parameters by name, disjoint.
         opt_state: of the trained parameters.
         hyperparameters: the optimiser's numbers; in no checkpoint, because the config has them.
+        average: the moving average of the trained parameters (`save_jax.averaging`); empty
+            without config.ema.
     """
 
     step: jax.Array
@@ -49,11 +52,13 @@ class TrainState(NamedTuple):
     frozen: Parameters
     opt_state: optax.OptState
     hyperparameters: Hyperparameters
+    average: Parameters
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     return {
+        **({AVERAGE: state.average} if state.average else {}),
         "step": state.step,
         "parameters": {**state.trained, **state.frozen},
         "optimizer": {
@@ -73,6 +78,7 @@ def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
             jax.tree.structure(like.opt_state), [tree["optimizer"][name] for name in names]
         ),
         hyperparameters=like.hyperparameters,
+        average={name: tree[AVERAGE][name] for name in like.average},
     )
 
 
@@ -245,36 +251,45 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
         )
 
 
-def load_parameters(path: str | os.PathLike, like: Parameters) -> tuple[int, Parameters]:
+def load_parameters(
+    path: str | os.PathLike, like: Parameters, part: str = PARAMETERS
+) -> tuple[int, Parameters]:
     """Reads the step and the parameters of a checkpoint, without its optimiser state.
 
     Args:
         path: a workdir or a checkpoint in it.
         like: arrays (or abstract ones with shardings) of the expected names and shapes.
+        part: PARAMETERS or AVERAGE.
 
     Raises:
         UserError: no checkpoint there, one of another architecture, or a damaged one.
     """
     checkpoint = find(path)
-    check_shapes(_metadata(checkpoint)["parameters"], like, str(checkpoint))
+    check_shapes(_metadata(checkpoint)[part], like, str(checkpoint))
     wanted = {
         "step": jax.ShapeDtypeStruct((), "int32"),
-        "parameters": {
+        part: {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in like.items()
         },
     }
     tree = _restore(checkpoint, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
     logging.info("read %s", checkpoint)
-    return int(tree["step"]), tree["parameters"]
+    return int(tree["step"]), tree[part]
 
 
-def parameter_shapes(path: str | os.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_shapes(
+    path: str | os.PathLike, part: str = PARAMETERS
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Reads names, shapes and dtypes of a checkpoint's parameters, of whatever model.
+
+    Args:
+        path: a workdir or a checkpoint in it.
+        part: PARAMETERS or AVERAGE, which few have.
 
     Raises:
         UserError: no complete checkpoint there.
     """
-    found = _metadata(find(path))["parameters"]
+    found = _metadata(find(path)).get(part, {})
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
 
 

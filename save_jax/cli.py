@@ -70,6 +70,14 @@ def parse(
     return CommandLine(values.config.to_dict(), explicit, values)
 
 
+def define_run(values: flags.FlagValues) -> None:
+    """Defines the flags of `save_jax.main` alone."""
+    flags.DEFINE_string(
+        "workdir", None, "Where checkpoints, metrics and tables go.", flag_values=values
+    )
+    define_trust_archive(values)
+
+
 def define_trust_archive(values: flags.FlagValues) -> None:
     """Defines the flag of commands that read weights."""
     flags.DEFINE_bool(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from save_jax import files
+from save_jax import files, profiling
 from save_jax.errors import UserError
 from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
@@ -200,7 +200,7 @@ def set_matmul_precision(config: Mapping[str, Any]) -> None:
 
 
 def check_run(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a mode that does not exist, a count out of its range, a remote cache."""
+    """Raises UserError for a mode, count, place of a cache, or steps to trace that cannot be."""
     if config["mode"] not in ("train", "evaluate"):
         raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
     for key, (least, meaning) in COUNTS.items():
@@ -211,6 +211,7 @@ def check_run(config: Mapping[str, Any]) -> None:
             f"config.cache.dir = {config['cache']['dir']!r}: expected a directory on a disk, "
             "because a cache is mapped into memory; copy it to one that all processes see"
         )
+    profiling.steps_of(config["profile"])
     micro, batch = config["micro_batch"], config["batch_size"]
     if micro and batch % micro:
         raise UserError(
@@ -240,7 +241,13 @@ def optimizer_config(config: Mapping[str, Any], total_steps: int) -> OptimizerCo
     for key, value in values.items():
         if not math.isfinite(value) or value < 0:
             raise UserError(f"config.optimizer.{key} = {value}: expected a number of at least 0")
-    return _build("optimizer", OptimizerConfig, {**values, "total_steps": total_steps})
+    if not 0 <= config["ema"] < 1:
+        raise UserError(
+            f"config.ema = {config['ema']}: expected a decay of at least 0 and below 1, say 0.999; "
+            "0 keeps no average"
+        )
+    values |= {"total_steps": total_steps, "ema": config["ema"]}
+    return _build("optimizer", OptimizerConfig, values)
 
 
 def expected_recipe(model: SAVEConfig, max_frames: int) -> dict[str, int | str]:

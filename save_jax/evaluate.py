@@ -330,6 +330,30 @@ def run_evaluation(
     return result
 
 
+def run_evaluations(
+    models: Mapping[str, Parameters], step: int, selection: str, *, subset: str = "", **rest: Any
+) -> dict:
+    """Evaluates parameters and, beside them, their average; returns the former's metrics.
+
+    Args:
+        models: parameters by the name of their results, "" first (`averaging.models`).
+        step, selection, subset: as in `run_evaluation`. The name follows after the latter two, so
+            the average's results go to evaluation/STEP/ema or evaluation/STEP/SUBSET/ema.
+        rest: the other arguments of `run_evaluation`.
+    """
+    results = [
+        run_evaluation(
+            params,
+            step,
+            f"{selection}, {name}" if name else selection,
+            subset="/".join(filter(None, (subset, name))),
+            **rest,
+        )
+        for name, params in models.items()
+    ]
+    return results[0]
+
+
 def _is_own(result: dict[str, Any], split: str) -> bool:
     own = {"checkpoint": f"{DIRECTORY}/{result['step']}", "split": split}
     # What an evaluation of an earlier version does not say counts as the run's own.

@@ -9,19 +9,22 @@ import contextlib
 import functools
 import os
 import sys
+import time
 from collections.abc import Collection
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import logging
 
 from save_jax import (
+    averaging,
     checkpoint,
     cli,
     compilation,
     distributed,
     evaluate,
     files,
+    profiling,
     progress,
     recorded,
     resume,
@@ -83,6 +86,7 @@ def _train(
     writer: progress.Writer | None,
     trust_archive: bool,
 ) -> bool:
+    began = time.time()
     resume.check_same_config(config, workdir)
 
     # ----------------------------------------------------------------------------------- data
@@ -100,30 +104,31 @@ def _train(
             config, model, rates, mesh, checkpoints, trust_archive
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
-        if jax.process_index() == 0:
-            start = {"step": resumed or 0, "steps": plan.total_steps, "mesh": dict(mesh.shape)}
-            recorded.write(config, workdir, splits.provenance(), start)
+        start = {"step": resumed or 0, "steps": plan.total_steps, "mesh": dict(mesh.shape)}
+        began = recorded.write(config, workdir, splits.provenance(), start, began)
         writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train
         closing.enter_context(distributed.exit_if_peer_lost())
         step = train.make_train_step(structure, rates, loss, mesh, config["micro_batch"])
         evaluator = evaluate.Evaluator.of(config, structure, mesh)
+        meter = Meter.of(config, plan, rates, writer, first=resumed or 0, began=began)
         complete = train.train(
             state,
-            train.jit_train_step(step, state),
+            meter.compiled(train.jit_train_step(step, state)),
             training=training,
             evaluate=functools.partial(
-                evaluate.run_evaluation,
+                evaluate.run_evaluations,
                 data=evaluation,
                 evaluator=evaluator,
                 writer=writer,
                 workdir=workdir,
             ),
             checkpoints=checkpoints,
-            meter=Meter(plan, rates, writer, first=resumed or 0),
+            meter=meter,
             plan=plan,
             stop=closing.enter_context(stopping.StopRequest(mesh)),
+            trace=closing.enter_context(profiling.Trace(plan.traced, workdir, resumed or 0)),
         )
 
     # -------------------------------------------------------------------------------- summary
@@ -148,13 +153,16 @@ def _evaluate(
     structure, params, step, source = resume.evaluated_parameters(
         config, workdir, model, mesh, trust_archive
     )
-    where = evaluate.announce(evaluation, source, step, workdir, recorded.subset(config, workdir))
-    splits.use_cache(params, ALL_FROZEN, mesh)
+    subset = recorded.subset(config, workdir)
+    where = evaluate.announce(evaluation, source, step, workdir, subset)
+    models = averaging.models(params, averaging.load(source, params))
+    for each in models.values():
+        splits.use_cache(each, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
     with progress.writing(workdir, None, writer) as writer:
-        evaluate.run_evaluation(
-            params,
+        evaluate.run_evaluations(
+            models,
             step,
             f"checkpoint {source}",
             data=evaluation,
@@ -162,17 +170,10 @@ def _evaluate(
             writer=writer,
             workdir=workdir,
             source=source.removeprefix(f"{workdir}/"),
-            subset=recorded.subset(config, workdir),
+            subset=subset,
         )
     progress.say(f"the results are in {where}")
     return True
-
-
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir", None, "Where checkpoints, metrics and tables go.", flag_values=values
-    )
-    cli.define_trust_archive(values)
 
 
 @exit_codes
@@ -183,7 +184,7 @@ def main(argv: list[str]) -> int:
     a signal, with a checkpoint, or another process is lost; the same command resumes.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
-    line = cli.parse(argv, __doc__, _define)
+    line = cli.parse(argv, __doc__, cli.define_run)
     if not line.flags.workdir:
         raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
     workdir = files.path(line.flags.workdir)

@@ -2,10 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
-from save_jax import optimizer
+import jax
+
+from save_jax import flops, optimizer, profiling
+from save_jax.errors import UserError
 from save_jax.optimizer import OptimizerConfig
 from save_jax.progress import Writer, duration, say
 
@@ -22,6 +25,7 @@ class Plan(NamedTuple):
         eval_every: epochs between evaluations; the last step is always evaluated.
         checkpoint_every: steps between checkpoints that are not evaluated; 0 = none.
         log_every: steps between progress lines; runs of up to LOG_EACH_UP_TO steps log each.
+        traced: steps of which a trace is written (`save_jax.profiling`).
     """
 
     total_steps: int
@@ -30,14 +34,27 @@ class Plan(NamedTuple):
     eval_every: int
     checkpoint_every: int
     log_every: int
+    traced: range = range(0)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], steps_per_epoch: int) -> "Plan":
-        """Returns the plan of a config: of `steps` updates or, where these are 0, of `epochs`."""
+        """Returns the plan of a config: of `steps` updates or, where these are 0, of `epochs`.
+
+        Raises:
+            UserError: config.profile names steps that the run has not.
+        """
+        total = config["steps"] or config["epochs"] * steps_per_epoch
+        traced = profiling.steps_of(config["profile"])
+        if traced and traced[-1] > total:
+            raise UserError(
+                f"config.profile = {config['profile']!r}: expected steps of the run, 1 to {total}, "
+                f"found {traced[-1]} as the last one"
+            )
         return cls(
-            config["steps"] or config["epochs"] * steps_per_epoch,
+            total,
             steps_per_epoch,
             *(config[k] for k in ("batch_size", "eval_every", "checkpoint_every", "log_every")),
+            traced,
         )
 
     def epoch(self, step: int) -> float:
@@ -62,32 +79,98 @@ class Plan(NamedTuple):
 class Meter:
     """Writes a run's scalars and prints its progress, with clips/s and the time left.
 
+    Time is that of the first process, which writes. `save_jax/README.md` defines the scalars.
+
     Args:
         plan: how long the run is.
         rates: learning rates, which are logged.
         writer: where the scalars go.
         first: updates done before this process began.
+        began: when the run's first start was (`time.time`); None = unknown, and no goodput.
+        peak: operations per second of all devices; None = unknown, and no utilisation.
     """
 
-    def __init__(self, plan: Plan, rates: OptimizerConfig, writer: Writer, first: int):
+    def __init__(
+        self,
+        plan: Plan,
+        rates: OptimizerConfig,
+        writer: Writer,
+        first: int,
+        began: float | None = None,
+        peak: float | None = None,
+    ):
         self._plan, self._rates, self._writer = plan, rates, writer
-        self._step, self._clock = first, time.monotonic()
+        self._began, self._peak, self._flops = began, peak, 0.0
+        self._step, self._clock, self._waited = first, time.monotonic(), 0.0
+        # Up to this step, steps that were kept have taken so many seconds, in all starts.
+        self._counted = int(writer.restored.get("step", 0))
+        self._kept = writer.restored.get("kept_seconds", 0.0)
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        plan: Plan,
+        rates: OptimizerConfig,
+        writer: Writer,
+        *,
+        first: int,
+        began: float | None,
+    ) -> "Meter":
+        """Returns the meter of a run on all devices, and says what it cannot measure."""
+        devices = jax.devices()
+        peak = flops.peak(devices, config["dtype"])
+        if peak is None:
+            kinds = ", ".join(sorted({device.device_kind for device in devices}))
+            say(f"utilisation is not logged: no peak rate is known here of devices of kind {kinds}")
+        return cls(plan, rates, writer, first, began, peak)
+
+    def compiled(self, step: jax.stages.Wrapped) -> Callable[..., Any]:
+        """Returns a jitted step that compiles when it is first called, which counts as no step's.
+
+        Its operations are counted then.
+        """
+        program: Callable[..., Any] | None = None
+
+        def run(*arguments: Any) -> Any:
+            nonlocal program
+            if program is None:
+                # Constants of the program may be copied, either way, while it is made.
+                with self.paused(), jax.transfer_guard("allow"):
+                    traced = step.trace(*arguments)
+                    self._flops = flops.count_flops(traced.jaxpr)
+                    program = traced.lower().compile()
+            return program(*arguments)
+
+        return run
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs a step's scalars if it is one of those that are logged."""
         plan = self._plan
         if not plan.logs(step):
             return
-        now = time.monotonic()
-        seconds = (now - self._clock) / max(step - self._step, 1)
-        self._clock, self._step = now, step
+        now, steps = time.monotonic(), max(step - self._step, 1)
+        seconds, waited = (now - self._clock) / steps, self._waited / steps
+        # Steps between the last line that was kept and a checkpoint count as those after it.
+        self._kept += seconds * (step - self._counted)
+        self._clock, self._step, self._counted, self._waited = now, step, step, 0.0
+        measured = {
+            "clips_per_second": plan.batch_size / seconds,
+            "step_seconds": seconds,
+            "input_wait_seconds": waited,
+            "kept_seconds": self._kept,
+        }
+        if self._peak and self._flops:
+            measured["utilisation"] = self._flops / seconds / self._peak
+        if self._began is not None:
+            measured["goodput"] = self._kept / max(time.time() - self._began, self._kept)
         rates = optimizer.learning_rates(self._rates, step - 1)
         self._writer.write_scalars(
             step,
             {
                 **scalars,
                 "epoch": plan.epoch(step),
-                "clips_per_second": plan.batch_size / seconds,
+                **measured,
                 **{f"learning_rate/{name}": rate for name, rate in rates.items()},
             },
         )
@@ -100,6 +183,13 @@ class Meter:
             + f"  {plan.batch_size / seconds:.1f} clips/s  "
             f"{duration(seconds * (total - step))} left"
         )
+
+    @contextlib.contextmanager
+    def waiting(self) -> Generator[None, None, None]:
+        """Counts what happens within it as waiting for the next batch."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None, None, None]:

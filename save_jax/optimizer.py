@@ -37,6 +37,7 @@ class OptimizerConfig:
         query_tokens: the resampler's queries.
         weight_decay: of every trained group; biases are not decayed.
         total_steps: length of the schedule.
+        ema: decay of the average of the trained parameters; 0 = there is none.
     """
 
     clip: float = 1e-7
@@ -47,6 +48,7 @@ class OptimizerConfig:
     query_tokens: float = 1e-2
     weight_decay: float = 0.2
     total_steps: int = 1
+    ema: float = 0.0
 
     def rate(self, group: str) -> float:
         return getattr(self, group)
@@ -115,17 +117,20 @@ class Hyperparameters(NamedTuple):
         peaks: peak learning rate by group, of the groups that train.
         weight_decay: of every trained group.
         pace: of the schedule.
+        ema: decay of the average; None = there is none.
     """
 
     peaks: Mapping[str, Number]
     weight_decay: Number
     pace: Pace
+    ema: Number | None = None
 
     @classmethod
     def of(cls, config: OptimizerConfig) -> "Hyperparameters":
         """Returns a config's numbers, in host memory."""
         peaks = {name: np.float32(config.rate(name)) for name in GROUPS if config.rate(name)}
-        return cls(peaks, np.float32(config.weight_decay), Pace.of(config.total_steps))
+        ema = np.float32(config.ema) if config.ema else None
+        return cls(peaks, np.float32(config.weight_decay), Pace.of(config.total_steps), ema)
 
 
 def _rate(step: Any, peak: Number, pace: Pace, library: Any) -> Any:
@@ -222,7 +227,7 @@ def make_optimizer(
         stacked: names of the parameters that have a leading layer axis.
         numbers: in a compiled function, arguments of it; None = the config's, as constants.
     """
-    peaks, weight_decay, pace = Hyperparameters.of(config) if numbers is None else numbers
+    peaks, weight_decay, pace, _ = Hyperparameters.of(config) if numbers is None else numbers
 
     def decayed(tree: Any) -> dict[str, bool]:
         return {name: is_decayed(name) for name in tree}
@@ -249,7 +254,7 @@ def learning_rates(config: OptimizerConfig, step: int) -> dict[str, float]:
 
     It is computed by the host: a device would do it after the steps that it was given before.
     """
-    peaks, _, pace = Hyperparameters.of(config)
+    peaks, _, pace, _ = Hyperparameters.of(config)
     return {name: float(_rate(np.int32(step), peak, pace, np)) for name, peak in peaks.items()}
 
 

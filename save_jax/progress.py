@@ -79,10 +79,14 @@ class Writer:
     After an interruption, lines beyond the restored step are dropped: they will be written
     again. With `restored_step` None nothing is dropped. Files in a bucket cannot grow:
     there, both are written here first and copied by `sync`.
+
+    Attributes:
+        restored: the last line of training that was kept; empty without one.
     """
 
     def __init__(self, workdir: files.Path, restored_step: int | None):
         self._events = self._lines = None
+        self.restored: Mapping[str, float] = {}
         if jax.process_index():
             return
         path = workdir / "metrics.jsonl"
@@ -90,11 +94,13 @@ class Writer:
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    step = json.loads(line)["step"]
+                    found = json.loads(line)
+                    step = found["step"]
                 except (json.JSONDecodeError, KeyError):
                     continue  # cut off in the middle of a line
                 if restored_step is None or step <= restored_step:
                     kept.append(line + "\n")
+                    self.restored = found if "loss" in found else self.restored
         self._remote = workdir if files.is_remote(workdir) else None
         self._here = pathlib.Path(tempfile.mkdtemp()) if self._remote else pathlib.Path(workdir)
         files.write(self._here / "metrics.jsonl", "".join(kept))

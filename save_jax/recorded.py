@@ -5,6 +5,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from configs import base
 from save_jax import files, provenance
 from save_jax.config import SIZED, model_config, sizes_of
@@ -12,7 +14,8 @@ from save_jax.errors import UserError
 
 RECORDED = "config.json"  # within a workdir
 # A key of config.json that is none of the config's: "data", what the run reads (see
-# `data.Splits.provenance`), and "starts", what computed it from which step on.
+# `data.Splits.provenance`), "starts", what computed it from which step on, and "began", when the
+# first start was, in seconds since 1970 by the clock of process 0.
 PROVENANCE = "provenance"
 CONTENTS = "data.json"  # where earlier versions kept the digests of the splits that a run reads
 EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written there by a run's launcher
@@ -28,6 +31,7 @@ FREE = {
     "eval_every": "evaluation changes no parameter",
     "checkpoint_every": "a state is the same whether it is saved or not",
     "log_every": "lines of progress",
+    "profile": "what is recorded of the steps changes none",
     "mesh": "losses and gradient are of the global batch, on whatever devices",
     "micro_batch": "losses and gradient are of the whole batch, in however many parts",
     "model.remat": "what is recomputed in the backward pass",
@@ -78,8 +82,11 @@ def write(
     workdir: files.Path,
     data: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
-) -> None:
+    began: float | None = None,
+) -> float | None:
     """Records the config that a run starts with and, under PROVENANCE, its data and its starts.
+
+    The first process does; on the others, nothing happens.
 
     The config and the data are those of the first start. Of later ones, that is recorded in which
     they differ from the one before: devices, versions, keys of the config that may change. How an
@@ -90,7 +97,13 @@ def write(
         workdir: the run's directory.
         data: what it reads (`data.Splits.provenance`).
         start: from which step it is computed, and how.
+        began: when this start was.
+
+    Returns:
+        When the run's first start was, of those that say it; None on other processes.
     """
+    if jax.process_index():
+        return None
     if not files.is_remote(workdir):  # a launcher writes it to a disk
         (workdir / EXIT_FILE).unlink(missing_ok=True)
     path = workdir / RECORDED
@@ -99,6 +112,8 @@ def write(
     kept = dict(found.get(PROVENANCE, {}))
     if data is not None:
         kept.setdefault("data", data)
+    if began is not None:
+        kept.setdefault("began", began)
     if start is not None:
         there = {**flatten(base.get_config().to_dict()), **flatten(without_provenance(found))}
         changed = {k: v for k, v in flatten(config).items() if there.get(k, ABSENT) != v}
@@ -110,6 +125,7 @@ def write(
     found = {**found, PROVENANCE: kept} if kept else found
     if found != before:
         files.write(path, json.dumps(found, indent=2) + "\n")
+    return kept.get("began")
 
 
 def without_provenance(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -251,7 +251,8 @@ def global_array(host: np.ndarray, placed: Sharding, rows: np.ndarray | None = N
 
     Each device gets what its index in the global array says, whichever process it belongs to. All
     that goes from hosts to devices goes this way: where it were the process's number that
-    decides, arrays would come out permuted on a TPU slice, and nothing would tell.
+    decides, arrays would come out permuted on a TPU slice, and nothing would tell. A transfer
+    guard lets them pass.
 
     Args:
         host: the whole array, the same on every process; or some rows of it.
@@ -261,15 +262,19 @@ def global_array(host: np.ndarray, placed: Sharding, rows: np.ndarray | None = N
     if rows is None:
         # Copies: a CPU's devices may use host memory as it is, and what shares memory with another
         # array cannot be donated.
-        return jax.make_array_from_callback(host.shape, placed, lambda index: np.array(host[index]))
+        return _make_array(host.shape, placed, lambda index: np.array(host[index]))
     each = len(rows) // len(placed.addressable_devices)
 
     def read(index: Any) -> np.ndarray:
         first = np.searchsorted(rows, index[0].start or 0)
         return host[first : first + each]
 
-    shape = (each * placed.num_devices, *host.shape[1:])
-    return jax.make_array_from_callback(shape, placed, read)
+    return _make_array((each * placed.num_devices, *host.shape[1:]), placed, read)
+
+
+def _make_array(shape: tuple[int, ...], placed: Sharding, read: Callable) -> jax.Array:
+    with jax.transfer_guard_host_to_device("allow"):  # JAX counts this one as implicit
+        return jax.make_array_from_callback(shape, placed, read)
 
 
 def even_size(count: int, most: int, multiple: int) -> int:

@@ -59,4 +59,4 @@ class StopRequest:
 
     def count(self, vote: jax.Array | None) -> None:
         """Waits for a vote, and notes its outcome."""
-        self.agreed |= bool(vote) if vote is not None else self.signal is not None
+        self.agreed |= self.signal is not None if vote is None else bool(jax.device_get(vote))

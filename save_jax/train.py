@@ -1,6 +1,7 @@
 """The training step and the training loop."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from save_jax import microbatch, objectives, optimizer, parameters, sharding
+from save_jax import averaging, microbatch, objectives, optimizer, parameters, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import Checkpoints, TrainState
 from save_jax.errors import NonFiniteLossError
@@ -19,6 +20,7 @@ from save_jax.models import save
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import Hyperparameters, OptimizerConfig
 from save_jax.parameters import Parameters, Structure
+from save_jax.profiling import Trace
 from save_jax.progress import say
 from save_jax.stopping import StopRequest
 
@@ -48,7 +50,12 @@ def _abstract(
     moments = optimizer.make_optimizer(optimizer_config, structure.stacked).init
     numbers = Hyperparameters.of(optimizer_config)
     state = TrainState(
-        cast(jax.Array, np.int32(0)), trained, frozen, jax.eval_shape(moments, trained), numbers
+        step=cast(jax.Array, np.int32(0)),
+        trained=trained,
+        frozen=frozen,
+        opt_state=jax.eval_shape(moments, trained),
+        hyperparameters=numbers,
+        average=trained if optimizer_config.ema else {},
     )
     return structure, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
@@ -105,12 +112,17 @@ def create_state(
     compiled = jax.jit(init, out_shardings=({k: params[k] for k in absent}, places.opt_state))
     made, opt_state = compiled(np.asarray(seed).astype(np.int32))  # any seed has one program
     trained, frozen = optimizer.partition({**made, **given}, optimizer_config)
+    trained = {name: trained[name] for name in like.trained}
+    average: Parameters = {}
+    if optimizer_config.ema:
+        average = jax.jit(averaging.start, out_shardings=places.average)(trained)
     return structure, TrainState(
-        sharding.global_array(np.asarray(0, np.int32), places.step),
-        {name: trained[name] for name in like.trained},
-        {name: frozen[name] for name in like.frozen},
-        opt_state,
-        place_hyperparameters(optimizer_config, mesh),
+        step=sharding.global_array(np.asarray(0, np.int32), places.step),
+        trained=trained,
+        frozen={name: frozen[name] for name in like.frozen},
+        opt_state=opt_state,
+        hyperparameters=place_hyperparameters(optimizer_config, mesh),
+        average=average,
     )
 
 
@@ -177,7 +189,12 @@ def make_train_step(
             "soft_albef": losses.soft_albef,
             "grad_norm": optimizer.global_norm(grads),
         }
-        done = state._replace(step=state.step + 1, trained=trained, opt_state=opt_state)
+        average, decay = state.average, state.hyperparameters.ema
+        if decay is not None:
+            average = averaging.update(average, trained, state.step, decay)
+        done = state._replace(
+            step=state.step + 1, trained=trained, opt_state=opt_state, average=average
+        )
         return done, scalars
 
     return train_step
@@ -247,16 +264,22 @@ class _Dispatched(NamedTuple):
     vote: jax.Array | None
 
 
+# A NumPy array that slips into the loop would be copied to the devices at each step, and a result
+# that is read by accident awaited: a stall that nothing shows. Within this, it is an error.
+_no_hidden_transfers = functools.partial(jax.transfer_guard, "disallow")
+
+
 def train(
     state: TrainState,
     train_step: TrainStep,
     *,
     training: TrainingSet,
-    evaluate: Callable[[Parameters, int, str], Mapping[str, Any]],
+    evaluate: Callable[[Mapping[str, Parameters], int, str], Mapping[str, Any]],
     checkpoints: Checkpoints,
     meter: Meter,
     plan: Plan,
     stop: StopRequest,
+    trace: Trace | None = None,
 ) -> bool:
     """Trains from `state` to the plan's end.
 
@@ -264,12 +287,13 @@ def train(
         state: where to resume; donated.
         train_step: compiled, see `make_train_step`.
         training: the data.
-        evaluate: (parameters, step, when in words) -> metrics, of which those of "t2v" choose the
-            best checkpoint.
+        evaluate: (parameters and average, as `averaging.models`; step; when in words) -> metrics
+            of the former, of which those of "t2v" choose the best checkpoint.
         checkpoints: where states go.
         meter: where scalars and progress go.
         plan: how long to train, and what happens how often.
         stop: asked after each step.
+        trace: records some of the steps.
 
     Returns:
         True when the run is complete, False when it was asked to stop before.
@@ -283,18 +307,28 @@ def train(
     def settle() -> None:
         """Reads the oldest dispatched step's results."""
         done = pending.popleft()
-        scalars = {name: float(value) for name, value in done.scalars.items()}
-        stop.count(done.vote)
+        with _no_hidden_transfers():
+            scalars = {k: float(value) for k, value in jax.device_get(done.scalars).items()}
+            stop.count(done.vote)
         check_finite(done.step, scalars, done.index, training, checkpoints)
         meter.log(done.step, scalars)
 
     mesh = sharding.mesh_of(state.step)
     batches = sharding.prefetch(training.batches(first, total), mesh)
     for step in range(first + 1, total + 1):
+        # --------------------------------------------------------- begin or end a trace of steps
+        if trace and trace.turns(step):
+            while pending:
+                settle()
+            with meter.paused():
+                trace.turn(step)
+
         # ---------------------------------------------------------------- dispatch the next step
-        host, batch = next(batches)
-        state, scalars = train_step(state, batch)
-        pending.append(_Dispatched(step, scalars, host.index, stop.vote()))
+        with _no_hidden_transfers(), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with meter.waiting():
+                host, batch = next(batches)
+            state, scalars = train_step(state, batch)
+            pending.append(_Dispatched(step, scalars, host.index, stop.vote()))
         # One step behind: reading a step's scalars must not keep the device waiting.
         if len(pending) > 1:
             settle()
@@ -308,7 +342,8 @@ def train(
                 result = None
                 if evaluates:
                     when = f"after epoch {plan.epoch(step):g}" + (" (the last step)" * last)
-                    result = evaluate({**state.trained, **state.frozen}, step, when)
+                    params = {**state.trained, **state.frozen}
+                    result = evaluate(averaging.models(params, state.average), step, when)
                 meter.sync()
                 checkpoints.save(state, step, result["t2v"] if result else None)
 

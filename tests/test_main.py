@@ -60,6 +60,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.model.clip.patch_size=7"], "not a multiple of patch_size 7"),
         (["--config.model.speech_weight=0", "--config.model.sound_weight=0"], "needs sound"),
         (["--config.optimizer.new=-1"], "expected a number of at least 0"),
+        (["--config.ema=1"], "config.ema = 1.0: expected a decay of at least 0 and below 1"),
+        (["--config.profile=20:10"], "config.profile = '20:10': expected FIRST:END, say 10:20"),
+        (["--config.profile=0:10"], "config.profile = '0:10': expected FIRST:END"),
+        (["--config.profile=10"], "config.profile = '10': expected FIRST:END"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, capfd, arguments, message):

@@ -27,6 +27,7 @@ CHANGED = {
     "model.attention": "xla",
     "cache.dir": "/cache",
     "compilation_cache": "/programs",
+    "profile": "2:4",
 }
 
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch.compile import roofline
 from save_jax import sharding, train
+from save_jax.flops import count_flops
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from tests.support import synthetic
@@ -117,7 +117,7 @@ def test_gradient_caching_computes_what_is_frozen_once(rates, encoder, passes):
         graphdef, state = train.abstract_state(model, rates, mesh)
         step = train.make_train_step(graphdef, rates, LossConfig(), mesh, micro_batch)
         batch = sharding.abstract_batch(synthetic.clips(0, 16), mesh)
-        return roofline.count_flops(jax.jit(step).trace(state, batch).jaxpr)
+        return count_flops(jax.jit(step).trace(state, batch).jaxpr)
 
     whole, cached = (flops(3, size) - flops(2, size) for size in (0, 4))
     forward = whole / (passes if passes == 1 else passes - 1)
@@ -133,7 +133,7 @@ def test_gradient_caching_leaves_alone_what_a_model_has_not(absent):
     loss = LossConfig(soft_albef_weight=float(bool(model.sound_weight)))
     batch = sharding.abstract_batch(synthetic.clips(0, 16), mesh)
     whole, cached = (
-        roofline.count_flops(
+        count_flops(
             jax.jit(train.make_train_step(graphdef, FROZEN_CLIP, loss, mesh, size))
             .trace(state, batch)
             .jaxpr

@@ -27,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.benchmark import flags
-from launch.compile import program, roofline
+from launch.compile import program
 from save_jax import config as configuration
 from save_jax import sharding, train
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.flops import count_flops
 from save_jax.models.save import SAVEConfig
 
 # SAVE in plain PyTorch: part of a clone of the repository, not of an installed package.
@@ -147,7 +148,7 @@ def _our_turn(config: dict[str, Any], model: SAVEConfig, batch: Batch) -> tuple[
         structure, rates, configuration.loss_config(config), mesh, config["micro_batch"]
     )
     on_device = sharding.put_batch(batch, mesh)
-    flops = roofline.count_flops(jax.make_jaxpr(step)(state, on_device))
+    flops = count_flops(jax.make_jaxpr(step)(state, on_device))
     start = time.perf_counter()
     compiled = train.jit_train_step(step, state).lower(state, on_device).compile()
     compile_seconds = time.perf_counter() - start

@@ -21,6 +21,7 @@ from save_jax import config as configuration
 from save_jax import evaluate, sharding, train
 from save_jax.batch import Batch
 from save_jax.errors import UserError
+from save_jax.flops import count_flops
 from save_jax.models.save import SAVEConfig
 
 # Without these, the TPU compiler queries a metadata server, and takes a lock that is needed only by
@@ -321,11 +322,7 @@ def report(
     """Compiles all programs of a config for a target."""
     mesh = sharding.make_mesh(config["mesh"], target.devices)
     programs = trace_programs(config, mesh, target.devices, training_only=training_only)
-    counted = programs
-    if target.platform == "gpu":  # a fused kernel hides its matrix products
-        plain = {**config, "model": {**config["model"], "attention": "xla"}}
-        counted = trace_programs(plain, mesh, target.devices, training_only=training_only)
     return {
-        name: measure(traced, target, config["dtype"], roofline.count_flops(counted[name].jaxpr))
+        name: measure(traced, target, config["dtype"], count_flops(traced.jaxpr))
         for name, traced in programs.items()
     }

@@ -88,7 +88,7 @@ def run(
         return state, scalars
 
     evaluation = functools.partial(
-        evaluate.run_evaluation,
+        evaluate.run_evaluations,
         data=synthetic.evaluation_set(BATCH),
         evaluator=evaluator,
         writer=writer,

@@ -178,6 +178,7 @@ def test_a_workdir_with_optimiser_state_gives_its_latest_step(tmp_path):
             frozen={},
             opt_state={"m": np.ones(4)},
             hyperparameters=(),
+            average={},
         )
         manager.save(state, step, None)
         manager.wait()
