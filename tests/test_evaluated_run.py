@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from save_jax import config_files, evaluate, main, resume, train
+from save_jax import evaluate, main, resume, train
 from save_jax import recorded as run_config
 from save_jax.data import Splits
 from save_jax.errors import UserError
@@ -406,7 +406,7 @@ def test_a_damaged_config_is_named(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json.*restore it"):
-        config_files.read(str(path))
+        run_config.read(path)
 
 
 @pytest.mark.parametrize("root", ["disk", "gs://bucket"])
