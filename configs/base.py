@@ -65,7 +65,8 @@ def get_config() -> ConfigDict:
     """Returns SAVE at full size, without a data set."""
     config = ConfigDict()
     # "train" resumes what the workdir holds. "evaluate" takes model, loss, words and frames from
-    # the config.json of the run that it evaluates.
+    # the config.json of the run that it evaluates. "follow" evaluates the checkpoints of a run
+    # that another job trains in the same workdir, so that the trainer need not stand still.
     config.mode = "train"
     config.seed = 0
     config.init_from = ""  # a run, or PyTorch weights (see save_jax/README.md); "" starts at random
@@ -89,6 +90,9 @@ def get_config() -> ConfigDict:
     config.steps = 0  # 0: from epochs
     config.eval_every = 1  # epochs between evaluations; the last step is always evaluated
     config.checkpoint_every = 500  # steps; evaluated steps are always kept
+    # Checkpoints that are kept because they are still to be evaluated: more than that, and the
+    # oldest is dropped. Only a follower that cannot keep up leaves so many.
+    config.follow_keep = 5
     config.log_every = 20  # steps; runs of up to 100 steps log each
     # "10:20" writes a trace of steps 10 to 19, counted from 1, to WORKDIR/profile; "": none.
     config.profile = ""
@@ -106,7 +110,8 @@ def get_config() -> ConfigDict:
             "variant": "",
             "dir": "",  # a directory made by `python -m data_pipelines.prepare`
             "train_split": "train",
-            "eval_split": "test",
+            "eval_split": "test",  # chooses the best checkpoint
+            "test_split": "",  # reports it, at the end: evaluation/STEP/test; "": eval_split does
             "max_frames": batch.MAX_FRAMES,  # F
             "max_words": batch.MAX_WORDS,  # L, tokens of a caption and of a transcript
             "tokenizer": "",  # directory or hub id[@revision] of a CLIP tokenizer; "": the packaged

@@ -39,30 +39,28 @@ def update(average: Parameters, trained: Parameters, step: jax.Array, decay: Num
 
 
 def models(params: Parameters, average: Parameters) -> dict[str, Parameters]:
-    """Returns what is evaluated: parameters and, of a run that has them, averaged ones.
+    """Returns what is evaluated: averaged parameters, of a run that has them, and parameters.
 
     Args:
         params: all of the model's.
         average: of those that train; empty for none.
 
     Returns:
-        All of the model's parameters, by the name of their results: "" and, perhaps, "ema".
+        All of the model's parameters, by the name of their results: perhaps "ema", and "" last.
     """
-    return {"": params} | ({AVERAGE: {**params, **average}} if average else {})
+    return ({AVERAGE: {**params, **average}} if average else {}) | {"": params}
 
 
 def load(source: str, like: Parameters) -> Parameters:
     """Reads the average beside evaluated parameters; a run without config.ema has none.
 
     Args:
-        source: where the parameters are from: a checkpoint, or weights that are no run's.
+        source: a checkpoint.
         like: all of them (or abstract ones with shardings).
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    if not checkpoint.is_ours(source):
-        return {}
     names = checkpoint.parameter_shapes(source, AVERAGE)
     if not names:
         return {}

@@ -6,10 +6,9 @@ complete, so an interrupted write is never restored.
 """
 
 import contextlib
-import errno
 import logging
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,21 +17,16 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.typing import ArrayLike
-from orbax.checkpoint import checkpoint_managers
 
-from save_jax import files
-from save_jax.errors import OutageError, UserError, is_outage
+from save_jax import checkpoint_errors, files, results, retention
+from save_jax.errors import UserError
 from save_jax.optimizer import Hyperparameters
 from save_jax.parameters import Parameters
 
-DIRECTORY = "checkpoints"  # within a workdir
+DIRECTORY = results.CHECKPOINTS  # within a workdir
 COMMITTED = "commit_success.txt"  # orbax's name for what is written last, in gs://
-BEST_METRIC = "SumR"  # of text→video
 PARAMETERS, AVERAGE = "parameters", "ema"  # parts of a checkpoint
 SHOWN = 5  # names shown of a long list
-# How TensorStore says that a disk is full, and that a store fails: its statuses, as text.
-_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")
-_FAILING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Input/output error")
 
 
 class TrainState(NamedTuple):
@@ -83,25 +77,21 @@ def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the latest two and the best one by SumR are kept."""
+    """The checkpoints of one workdir.
 
-    def __init__(self, workdir: str | os.PathLike):
+    Args:
+        workdir: the run's directory.
+        kept: decides with each one written which of them stay; by default the latest two and the
+            best.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, kept: retention.Retention | None = None):
         self.workdir = files.path(workdir)
         self._directory = self.workdir / DIRECTORY
-        policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(2),
-                        policies.BestN(
-                            get_metric_fn=lambda m: m[BEST_METRIC],
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=kept or retention.Retention(self.workdir),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -110,9 +100,17 @@ class Checkpoints:
         """Returns the last complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Starts writing; returns once the arrays are copied, so the caller may donate them."""
-        with _writing(self._directory):
+    def save(
+        self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts writing; returns once the arrays are copied, so the caller may donate them.
+
+        Args:
+            state: what to write.
+            step: the checkpoint's name.
+            metrics: what is known of it already, for its retention (`results.value`).
+        """
+        with checkpoint_errors.writing(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(_to_tree(state)),
@@ -134,16 +132,16 @@ class Checkpoints:
         try:
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _unreadable(where, error) from error
+            raise checkpoint_errors.unreadable(where, error) from error
         return _from_tree(tree, like)
 
     def wait(self) -> None:
         """Returns once every started write is complete."""
-        with _writing(self._directory):
+        with checkpoint_errors.writing(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _writing(self._directory):
+        with checkpoint_errors.writing(self._directory):
             self._manager.close()
 
 
@@ -155,6 +153,19 @@ def is_ours(path: str | os.PathLike) -> bool:
         for parent in (path, path / DIRECTORY)
         for child in parent.glob("*")
     )
+
+
+def abstract(params: Parameters) -> Parameters:
+    """Returns shapes, dtypes and shardings of parameters, to read others of their kind."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+
+
+def complete_steps(workdir: files.Path) -> list[int]:
+    """Returns the steps of a workdir's complete checkpoints, in order."""
+    found = (workdir / DIRECTORY).glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdigit() and is_complete(path))
 
 
 def is_complete(checkpoint: files.Path) -> bool:
@@ -218,11 +229,11 @@ def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
         try:
             return handler.metadata(epath.Path(checkpoint) / "default").tree
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if _is_failing(error) or isinstance(error, PermissionError):
-                raise _unreadable(checkpoint, error) from error
+            if checkpoint_errors.is_failing(error) or isinstance(error, PermissionError):
+                raise checkpoint_errors.unreadable(checkpoint, error) from error
             raise UserError(
                 f"{checkpoint} is not a complete checkpoint: its list of arrays is absent or "
-                f"damaged ({_short(error)})"
+                f"damaged ({checkpoint_errors.short(error)})"
             ) from error
 
 
@@ -326,69 +337,14 @@ def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: An
                 ),
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(checkpoint, error) from error
-
-
-def _is_failing(error: Exception) -> bool:
-    """Says whether the machine, its network or a store fails; the checkpoint may be sound."""
-    return is_outage(error) or any(sign in str(error) for sign in _FAILING)
-
-
-def _short(error: Exception) -> str:
-    """Returns what TensorStore says, without its specification of the store."""
-    return str(error).partition(" [")[0][:300]
-
-
-def _silence_asyncio() -> None:
-    """Keeps asyncio from printing a traceback for each other array that failed in the same way."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def _unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageError:
-    _silence_asyncio()
-    if _is_failing(error):
-        return OutageError(
-            f"{checkpoint} cannot be read now: {_short(error)}. That is the fault of this machine, "
-            "its network or a store, not of the checkpoint: when it works again, the same command "
-            "resumes."
-        )
-    return UserError(
-        f"{checkpoint} cannot be read: it is damaged, or this user may not read it: "
-        f"{_short(error)}. Remove a damaged one to resume from the one before."
-    )
-
-
-@contextlib.contextmanager
-def _writing(directory: files.Path) -> Generator[None, None, None]:
-    """Raises what TensorStore says of a full disk or a failing store as what it is.
-
-    Raises:
-        OSError: the disk is full (ENOSPC).
-        OutageError: the disk or the store fails.
-    """
-    try:
-        yield
-    except ValueError as error:  # orbax passes TensorStore's statuses on as these
-        said = str(error)
-        if any(sign in said for sign in (*_FULL, *_FAILING)):
-            _silence_asyncio()
-        if any(sign in said for sign in _FULL):
-            message = "No space left on device for a checkpoint"
-            raise OSError(errno.ENOSPC, message, str(directory)) from error
-        if _is_failing(error):
-            raise OutageError(
-                f"{directory}: a checkpoint could not be written: {_short(error)}. That is "
-                "the fault of this machine, its network or a store: when it works again, run the "
-                "same command again to resume."
-            ) from error
-        raise
+        raise checkpoint_errors.unreadable(checkpoint, error) from error
 
 
 def write_parameters(
     workdir: str | os.PathLike, parameters: Mapping[str, ArrayLike], step: int = 0
 ) -> None:
     """Writes a checkpoint of parameters alone, for `read_parameters` and `load_parameters`."""
-    with _writing(files.path(workdir)), ocp.StandardCheckpointer() as checkpointer:
+    with checkpoint_errors.writing(files.path(workdir)), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             files.path(workdir) / DIRECTORY / str(step) / "default",
             {"step": np.int32(step), "parameters": dict(parameters)},

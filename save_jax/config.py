@@ -36,6 +36,7 @@ COUNTS = {
     "steps": (0, "training steps; 0 takes config.epochs"),
     "eval_every": (1, "epochs between evaluations"),
     "checkpoint_every": (0, "steps between checkpoints; 0 saves with evaluations only"),
+    "follow_keep": (2, "checkpoints kept for a follower to evaluate"),
     "log_every": (1, "steps between progress lines"),
 }
 SIZED = {"clip": (clip.VARIANTS, clip.CLIPConfig), "ast": (ast.VARIANTS, ast.ASTConfig)}
@@ -201,8 +202,17 @@ def set_matmul_precision(config: Mapping[str, Any]) -> None:
 
 def check_run(config: Mapping[str, Any]) -> None:
     """Raises UserError for a mode, count, place of a cache, or steps to trace that cannot be."""
-    if config["mode"] not in ("train", "evaluate"):
-        raise UserError(f"config.mode = {config['mode']!r}: expected 'train' or 'evaluate'")
+    if config["mode"] not in ("train", "evaluate", "follow"):
+        raise UserError(
+            f"config.mode = {config['mode']!r}: expected 'train', 'evaluate' or 'follow'"
+        )
+    test = config["data"]["test_split"]
+    if config["mode"] != "evaluate" and test and test == config["data"]["eval_split"]:
+        raise UserError(
+            f"config.data.test_split = {test!r}: expected another split than "
+            "config.data.eval_split, which chooses the checkpoint that it reports; leave it empty "
+            "to have one split do both"
+        )
     for key, (least, meaning) in COUNTS.items():
         if config[key] < least:
             raise UserError(f"config.{key} = {config[key]}: expected at least {least} ({meaning})")

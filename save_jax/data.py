@@ -241,14 +241,26 @@ class Splits:
         )
         return train.TrainingSet(batches, per_epoch, lambda row: split.video_ids[row])
 
-    def evaluation(self) -> evaluate.EvaluationSet:
+    def test(self) -> evaluate.EvaluationSet | None:
+        """Opens the split that reports what the evaluation split chose, if the config names one.
+
+        Raises:
+            UserError: as `evaluation`.
+        """
+        name = self._config["data"]["test_split"]
+        return self.evaluation(name) if name else None
+
+    def evaluation(self, name: str = "") -> evaluate.EvaluationSet:
         """Opens the evaluation split, and warns of what its results will not show.
+
+        Args:
+            name: another split to evaluate.
 
         Raises:
             UserError: it cannot be used, has no captions, or was made as no run can be evaluated.
         """
-        split = self._open(self._config["data"]["eval_split"])
-        if self._config["mode"] == "evaluate":
+        split = self._open(name or self._config["data"]["eval_split"])
+        if self._config["mode"] != "train":
             say(coverage.line([split]))
         table = self._stored.caption_table(split)
         clips = counted(split.num_clips, "clip")

@@ -116,6 +116,11 @@ def hold(workdir: files.Path) -> Generator[None, None, None]:
         yield
 
 
+def of_first(value: np.ndarray) -> np.ndarray:
+    """Returns process 0's array on all processes, which call it together, of equal shapes."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
 @contextlib.contextmanager
 def exit_alone() -> Generator[None, None, None]:
     """Ends this process, of several, with its own exit code when an exception leaves it.

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import files, metrics, ranking, sharding
+from save_jax import checkpoint, files, metrics, ranking, results, sharding
 from save_jax.batch import Batch
-from save_jax.checkpoint import BEST_METRIC, DIRECTORY
 from save_jax.messages import counted
 from save_jax.models import save
 from save_jax.parameters import Parameters, Structure
@@ -23,6 +22,11 @@ from save_jax.similarity import normalise, similarity
 
 ABLATED_UP_TO = 20_000  # videos; each view of them takes as much host memory as the whole model's
 SIMILARITY = "similarity.npy"
+Heed = Callable[[], None]  # called between batches; raises what ends the evaluation
+
+
+def _go_on() -> None:
+    """Heeds nothing."""
 
 
 class EvaluationSet(NamedTuple):
@@ -104,7 +108,9 @@ class Evaluator:
         size, entries = (config[f"eval_{key}"] for key in ("caption_batch_size", "matrix_entries"))
         return cls(structure, mesh, size, config["loss"]["local_weight"], entries)
 
-    def embed_videos(self, params: Parameters, data: EvaluationSet) -> save.Views:
+    def embed_videos(
+        self, params: Parameters, data: EvaluationSet, heed: Heed = _go_on
+    ) -> save.Views:
         """Returns the embeddings of a split's videos, on the host and in the split's order.
 
         Views with branches left out are of up to ABLATED_UP_TO videos.
@@ -114,6 +120,7 @@ class Evaluator:
         progress = Progress("embedding videos", count)
         everywhere = sharding.replicated(self._mesh)
         for _, batch in sharding.prefetch(data.batches(), self._mesh):
+            heed()
             index = np.asarray(jax.device_put(batch.index, everywhere))
             part = self.encode_video(params, batch)
             if count > ABLATED_UP_TO:
@@ -128,13 +135,16 @@ class Evaluator:
         assert found is not None  # a split without clips has no captions
         return found
 
-    def embed_captions(self, params: Parameters, caption_ids: np.ndarray) -> np.ndarray:
+    def embed_captions(
+        self, params: Parameters, caption_ids: np.ndarray, heed: Heed = _go_on
+    ) -> np.ndarray:
         """Returns float32 [captions, D], unit vectors."""
         count = len(caption_ids)
         size = sharding.even_size(count, self._batch_size, self._mesh.size)
         embeddings: list[np.ndarray] = []
         running: jax.Array | None = None
         for start in range(0, count, size):
+            heed()
             batch = sharding.put_rows(caption_ids[start : start + size], size, self._mesh)
             # The next batch is on its way before the last one is waited for.
             last, running = running, self.encode_text(params, batch)
@@ -143,7 +153,11 @@ class Evaluator:
         return np.concatenate([*embeddings, np.asarray(running)])[:count]
 
     def evaluate(
-        self, params: Parameters, data: EvaluationSet, keep: ranking.Keep | None = None
+        self,
+        params: Parameters,
+        data: EvaluationSet,
+        keep: ranking.Keep | None = None,
+        heed: Heed = _go_on,
     ) -> tuple[dict[str, Any], dict]:
         """Embeds and ranks a split.
 
@@ -151,15 +165,17 @@ class Evaluator:
             params: all of the model's.
             data: the split.
             keep: gets every tile of the similarity matrix.
+            heed: called before each batch and each ranking, on all processes as often.
 
         Returns:
             The NumPy arrays of ranks.npz by name (`save_jax/README.md`), and the metrics
             (`metrics.of_ranks`).
         """
-        text = self.embed_captions(params, data.caption_ids)
-        videos = self.embed_videos(params, data)
+        text = self.embed_captions(params, data.caption_ids, heed)
+        videos = self.embed_videos(params, data, heed)
 
         def rank(frames: Any, keep: ranking.Keep | None = None) -> ranking.Ranks:
+            heed()
             scale, video = params["clip.logit_scale"], (frames, videos.mask)
             return self._ranker.rank(scale, text, video, data.video_of_caption, keep)
 
@@ -218,6 +234,7 @@ def _similarity_file(
         directory.mkdir(parents=True, exist_ok=True)
         with files.appearing(path) as temporary:
             matrix = np.lib.format.open_memmap(temporary, "w+", np.float32, (captions, videos))
+            files.reserve(temporary)
 
             def keep(rows: np.ndarray, first: int, scores: jax.Array) -> None:
                 tile = np.asarray(scores)[: len(rows), : videos - first]
@@ -257,22 +274,17 @@ def _write_csv(path: files.Path, columns: Sequence[str], rows: Iterable[Sequence
     files.write(path, text.getvalue())
 
 
-def results_at(workdir: files.Path, step: int, subset: str = "") -> files.Path:
-    """Returns where an evaluation's results go: evaluation/STEP or evaluation/STEP/SUBSET."""
-    return workdir / "evaluation" / str(step) / subset
-
-
 def announce(
     data: EvaluationSet, source: str, step: int, workdir: files.Path, subset: str
 ) -> files.Path:
     """Says what is about to be evaluated, on what, and where the results go; returns the latter."""
-    results = results_at(workdir, step, subset)
+    where = results.results_at(workdir, step, subset)
     say(
         f"evaluating checkpoint {source} (step {step}) on the split {data.split!r}: "
         f"{counted(len(data.captions), 'caption')}, {counted(len(data.video_ids), 'video')}; "
-        f"the results go to {results}"
+        f"the results go to {where}"
     )
-    return results
+    return where
 
 
 def run_evaluation(
@@ -286,8 +298,11 @@ def run_evaluation(
     workdir: files.Path,
     source: str = "",
     subset: str = "",
+    heed: Heed = _go_on,
 ) -> dict:
     """Evaluates parameters, writes evaluation/STEP, scalars and the table; returns the metrics.
+
+    Of a run's own checkpoint on its own split, best.json is written too.
 
     Args:
         params: all of the model's.
@@ -298,12 +313,13 @@ def run_evaluation(
         source: where the parameters are from; "" = the workdir's checkpoint of this step.
         subset: names what is evaluated where it is not the run's own evaluation split: results
             then go to evaluation/STEP/SUBSET, and scalars to eval/SUBSET/…
+        heed: as in `Evaluator.evaluate`.
     """
-    directory = results_at(workdir, step, subset)
+    directory = results.results_at(workdir, step, subset)
     shape, most = (len(data.captions), len(data.video_ids)), evaluator.matrix_entries
     with _similarity_file(directory, *shape, most) as keep:
-        arrays, found = evaluator.evaluate(params, data, keep)
-    facts = {**protocol(data, selection), "checkpoint": source or f"{DIRECTORY}/{step}"}
+        arrays, found = evaluator.evaluate(params, data, keep, heed)
+    facts = {**protocol(data, selection), "checkpoint": source or f"{checkpoint.DIRECTORY}/{step}"}
     written = {"written": keep is not None, "entries": math.prod(shape), "most": most}
     result: dict[str, Any] = {"step": step, "protocol": facts, SIMILARITY: written, **found}
     if keep is None:
@@ -311,8 +327,6 @@ def run_evaluation(
             f"{SIMILARITY} is not written: it would have {math.prod(shape):,} entries, more than "
             f"config.eval_matrix_entries = {most:,}. Ranks and scores of the best are in ranks.npz"
         )
-    if jax.process_index() == 0:
-        write(directory, data, arrays, result)
     name = f"eval/{subset}" if subset else "eval"
     writer.write_scalars(
         step,
@@ -322,6 +336,12 @@ def run_evaluation(
             **{f"{name}/{k}/R1": group["t2v"]["R1"] for k, group in result["groups"].items()},
         },
     )
+    writer.sync()  # metrics.json, which comes last, vouches for the scalars
+    if jax.process_index() == 0:
+        write(directory, data, arrays, result)
+        if not subset and results.is_own(result):
+            steps = {*checkpoint.complete_steps(workdir), step}  # this one may still be written
+            results.write_best(workdir, steps, data.split)
     say(
         f"\n{data.split}: {counted(len(data.captions), 'caption')}, "
         f"{counted(len(data.video_ids), 'video')}, "
@@ -332,16 +352,17 @@ def run_evaluation(
 
 def run_evaluations(
     models: Mapping[str, Parameters], step: int, selection: str, *, subset: str = "", **rest: Any
-) -> dict:
-    """Evaluates parameters and, beside them, their average; returns the former's metrics.
+) -> None:
+    """Evaluates parameters and, before them, their average.
 
     Args:
-        models: parameters by the name of their results, "" first (`averaging.models`).
+        models: parameters by the name of their results (`averaging.models`), "" last: its
+            metrics.json says that all are evaluated.
         step, selection, subset: as in `run_evaluation`. The name follows after the latter two, so
             the average's results go to evaluation/STEP/ema or evaluation/STEP/SUBSET/ema.
         rest: the other arguments of `run_evaluation`.
     """
-    results = [
+    for name, params in models.items():
         run_evaluation(
             params,
             step,
@@ -349,36 +370,3 @@ def run_evaluations(
             subset="/".join(filter(None, (subset, name))),
             **rest,
         )
-        for name, params in models.items()
-    ]
-    return results[0]
-
-
-def _is_own(result: dict[str, Any], split: str) -> bool:
-    own = {"checkpoint": f"{DIRECTORY}/{result['step']}", "split": split}
-    # What an evaluation of an earlier version does not say counts as the run's own.
-    said = result.get("protocol", {})
-    return all(said.get(key, value) == value for key, value in own.items())
-
-
-def summarise(workdir: files.Path, split: str) -> None:
-    """Prints the last evaluation's table, and the best one's where that is another.
-
-    Only the run's own count: not those of other weights or another split, which may be there too.
-    """
-    results = [
-        result
-        for path in (workdir / "evaluation").glob("*/metrics.json")
-        if _is_own(result := json.loads(path.read_text()), split)
-    ]
-    results.sort(key=lambda result: result["step"])
-    last = results[-1]
-    # Of equal ones the later, as the checkpoints' retention has it.
-    best = max(results, key=lambda result: (result["t2v"][BEST_METRIC], result["step"]))
-    say(f"last step ({last['step']}), {split} split:\n{metrics.table(last)}")
-    if best["step"] != last["step"]:
-        say(
-            f"\nbest of {len(results)} evaluations on the {split} split itself (step "
-            f"{best['step']}; an optimistic protocol):\n{metrics.table(best)}"
-        )
-    say(f"\neverything is in {workdir}")

@@ -20,7 +20,7 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 
 from etils import epath
 
-from save_jax.errors import OutageError, UserError, is_outage
+from save_jax.errors import NO_SPACE, OutageError, UserError, is_outage
 
 Path = pathlib.Path | epath.Path
 
@@ -215,3 +215,20 @@ def _sync(path: pathlib.Path) -> None:
 def _sync_folder_of(path: Path) -> None:
     with contextlib.suppress(OSError):  # not every file system does that
         _sync(pathlib.Path(path).parent)
+
+
+def reserve(path: pathlib.Path) -> None:
+    """Reserves on the disk what a file may fill, before it is mapped into memory.
+
+    Else a full disk would show at a write to mapped memory, which ends the process (SIGBUS).
+
+    Raises:
+        OSError: there is no room.
+    """
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            # Else it is a file system that cannot reserve.

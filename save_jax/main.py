@@ -1,12 +1,9 @@
-"""The entry point: a config in, a trained model or a retrieval table out.
+"""The entry point: a config in, a trained model or a retrieval table out; without one, the demo.
 
 python -m save_jax.main --config=configs/msrvtt.py --workdir=DIR [--config.KEY=VALUE ...]
-
-Without --config it runs the demo.
 """
 
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -17,17 +14,19 @@ import jax
 from absl import logging
 
 from save_jax import (
-    averaging,
     checkpoint,
     cli,
     compilation,
     distributed,
     evaluate,
     files,
+    following,
     profiling,
     progress,
     recorded,
+    results,
     resume,
+    retention,
     sharding,
     stopping,
     train,
@@ -35,6 +34,7 @@ from save_jax import (
 from save_jax import config as configuration
 from save_jax.data import open_splits
 from save_jax.errors import UserError, exit_codes
+from save_jax.evaluations import Evaluations
 from save_jax.meter import Meter, Plan
 from save_jax.optimizer import ALL_FROZEN
 
@@ -47,7 +47,7 @@ def run(
     trust_archive: bool = False,
     explicit: Collection[str] = (),
 ) -> bool:
-    """Trains or evaluates as the config says.
+    """Trains, evaluates or follows as the config says.
 
     Args:
         config: all of it.
@@ -63,20 +63,24 @@ def run(
         UserError: a mistake in what the user gave us.
         NonFiniteLossError: training broke down.
     """
-    # ------------------------------------------------- every mistake that shows before long work
-    configuration.check_run(config)
-    if config["mode"] == "evaluate":
-        config = resume.as_trained(config, workdir, explicit)
-    configuration.check(config)
-    configuration.set_matmul_precision(config)
-    compilation.use_cache(config["compilation_cache"])
-    mesh = sharding.make_mesh(config["mesh"])
-    sharding.check_batch_sizes(config, mesh)
-
-    with distributed.hold(workdir):
+    with contextlib.ExitStack() as closing:
+        # --------------------------------------------- every mistake that shows before long work
+        configuration.check_run(config)
         if config["mode"] == "evaluate":
-            return _evaluate(config, workdir, mesh, writer, trust_archive)
-        return _train(config, workdir, mesh, writer, trust_archive)
+            config = resume.as_trained(config, workdir, explicit)
+        elif config["mode"] == "follow":
+            closing.enter_context(following.beating(workdir))
+            config = following.config_of_run(config, workdir, explicit)
+        configuration.check(config)
+        configuration.set_matmul_precision(config)
+        compilation.use_cache(config["compilation_cache"])
+        mesh = sharding.make_mesh(config["mesh"])
+        sharding.check_batch_sizes(config, mesh)
+        if config["mode"] == "follow":  # beside the trainer, which holds the workdir
+            return following.follow(config, workdir, mesh, writer)
+        closing.enter_context(distributed.hold(workdir))
+        work = _evaluate if config["mode"] == "evaluate" else _train
+        return work(config, workdir, mesh, writer, trust_archive)
 
 
 def _train(
@@ -91,7 +95,7 @@ def _train(
 
     # ----------------------------------------------------------------------------------- data
     splits = open_splits(config)
-    evaluation, training = splits.evaluation(), splits.training()
+    evaluation, test, training = splits.evaluation(), splits.test(), splits.training()
     resume.check_same_data(splits.contents(), workdir)
     plan = Plan.of(config, training.steps_per_epoch)
 
@@ -99,42 +103,42 @@ def _train(
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, plan.total_steps)
     with contextlib.ExitStack() as closing:
-        checkpoints = closing.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir)))
+        kept = retention.Retention(workdir, evaluation.split, plan.evaluates, config["follow_keep"])
+        checkpoints = checkpoint.Checkpoints(workdir, kept)
+        closing.callback(checkpoints.close)
         structure, state, resumed = resume.initial_state(
             config, model, rates, mesh, checkpoints, trust_archive
         )
         splits.use_cache({**state.trained, **state.frozen}, rates, mesh)
-        start = {"step": resumed or 0, "steps": plan.total_steps, "mesh": dict(mesh.shape)}
+        start = {"step": resumed or 0, "mesh": dict(mesh.shape), **plan.recorded()}
         began = recorded.write(config, workdir, splits.provenance(), start, began)
+        results.drop_beyond(workdir, resumed or 0, evaluation.split)
         writer = closing.enter_context(progress.writing(workdir, resumed or 0, writer))
 
         # ------------------------------------------------------------------------------ train
         closing.enter_context(distributed.exit_if_peer_lost())
         step = train.make_train_step(structure, rates, loss, mesh, config["micro_batch"])
-        evaluator = evaluate.Evaluator.of(config, structure, mesh)
         meter = Meter.of(config, plan, rates, writer, first=resumed or 0, began=began)
+        stop = closing.enter_context(stopping.StopRequest(mesh))
+        evaluator = evaluate.Evaluator.of(config, structure, mesh)
+        evaluations = following.Trainers(
+            Evaluations(workdir, plan, evaluator, evaluation, test, writer, stop),
+            closing.enter_context(following.Watch(workdir)),
+            checkpoint.abstract({**state.trained, **state.frozen}),
+        )
         complete = train.train(
             state,
             meter.compiled(train.jit_train_step(step, state)),
             training=training,
-            evaluate=functools.partial(
-                evaluate.run_evaluations,
-                data=evaluation,
-                evaluator=evaluator,
-                writer=writer,
-                workdir=workdir,
-            ),
+            evaluate=evaluations.evaluate,
             checkpoints=checkpoints,
             meter=meter,
             plan=plan,
-            stop=closing.enter_context(stopping.StopRequest(mesh)),
+            stop=stop,
             trace=closing.enter_context(profiling.Trace(plan.traced, workdir, resumed or 0)),
         )
-
-    # -------------------------------------------------------------------------------- summary
-    if complete and jax.process_index() == 0:
-        evaluate.summarise(workdir, evaluation.split)
-    return complete
+        del state  # what is left to evaluate is read from checkpoints
+        return complete and evaluations.finish()
 
 
 def _evaluate(
@@ -149,13 +153,9 @@ def _evaluate(
     evaluation = splits.evaluation()
 
     # ---------------------------------------------------------------------------------- state
-    model = configuration.model_config(config)
-    structure, params, step, source = resume.evaluated_parameters(
-        config, workdir, model, mesh, trust_archive
-    )
+    structure, models, step, source = resume.evaluated_models(config, workdir, mesh, trust_archive)
     subset = recorded.subset(config, workdir)
     where = evaluate.announce(evaluation, source, step, workdir, subset)
-    models = averaging.models(params, averaging.load(source, params))
     for each in models.values():
         splits.use_cache(each, ALL_FROZEN, mesh)
 

@@ -57,6 +57,19 @@ class Plan(NamedTuple):
             traced,
         )
 
+    def recorded(self) -> dict[str, int]:
+        """Returns what config.json keeps of it, for a follower (`save_jax.recorded.plan`)."""
+        every = {"steps_per_epoch": self.steps_per_epoch, "eval_every": self.eval_every}
+        return {"steps": self.total_steps, **every}
+
+    def again(self, recorded: Mapping[str, int]) -> "Plan":
+        """Returns this plan with what `recorded` gave of another one."""
+        return self._replace(
+            total_steps=recorded["steps"],
+            steps_per_epoch=recorded["steps_per_epoch"],
+            eval_every=recorded["eval_every"],
+        )
+
     def epoch(self, step: int) -> float:
         """Returns the epochs that `step` updates make."""
         return step / self.steps_per_epoch
@@ -65,6 +78,12 @@ class Plan(NamedTuple):
         """Says whether the split is evaluated after this step."""
         every = self.steps_per_epoch * self.eval_every
         return step == self.total_steps or step % every == 0
+
+    def when(self, step: int) -> str:
+        """Says in words at which point of the run an evaluated step is."""
+        return f"after epoch {self.epoch(step):g}" + (
+            " (the last step)" if step == self.total_steps else ""
+        )
 
     def saves(self, step: int) -> bool:
         """Says whether a checkpoint is due after this step that no evaluation asks for."""

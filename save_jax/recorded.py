@@ -13,9 +13,8 @@ from save_jax.config import SIZED, model_config, sizes_of
 from save_jax.errors import UserError
 
 RECORDED = "config.json"  # within a workdir
-# A key of config.json that is none of the config's: "data", what the run reads (see
-# `data.Splits.provenance`), "starts", what computed it from which step on, and "began", when the
-# first start was, in seconds since 1970 by the clock of process 0.
+# A key of config.json that is none of the config's: "data", what the run reads, "starts", what
+# computed it from which step on, and "began", the first start's time in seconds since 1970.
 PROVENANCE = "provenance"
 CONTENTS = "data.json"  # where earlier versions kept the digests of the splits that a run reads
 EXIT_FILE = "exit.json"  # {"code": exit code of save_jax.main}, written there by a run's launcher
@@ -29,6 +28,8 @@ FREE = {
     "eval_caption_batch_size": "each caption is embedded by itself",
     "eval_matrix_entries": "whether similarity.npy is written",
     "eval_every": "evaluation changes no parameter",
+    "follow_keep": "as checkpoint_every: which checkpoints there are",
+    "data.test_split": "as eval_every",
     "checkpoint_every": "a state is the same whether it is saved or not",
     "log_every": "lines of progress",
     "profile": "what is recorded of the steps changes none",
@@ -86,11 +87,10 @@ def write(
 ) -> float | None:
     """Records the config that a run starts with and, under PROVENANCE, its data and its starts.
 
-    The first process does; on the others, nothing happens.
-
-    The config and the data are those of the first start. Of later ones, that is recorded in which
-    they differ from the one before: devices, versions, keys of the config that may change. How an
-    earlier start of the run has ended is true no longer, and removed.
+    The first process does; on the others, nothing happens. The config and the data are those of
+    the first start. Of later ones, that is recorded in which they differ from the one before:
+    devices, versions, keys of the config that may change. How an earlier start of the run has
+    ended is true no longer, and removed.
 
     Args:
         config: the run's config.
@@ -144,6 +144,22 @@ def digests(workdir: files.Path) -> dict[str, str]:
     if not data and (workdir / CONTENTS).exists():
         return read(workdir / CONTENTS)
     return data.get("digests", {})
+
+
+def plan(workdir: files.Path) -> dict[str, int]:
+    """Returns what a run's last start recorded, its plan included (`meter.Plan.recorded`).
+
+    Raises:
+        UserError: an earlier version started it, which did not record that.
+    """
+    path = workdir / RECORDED
+    start = (read(path).get(PROVENANCE, {}).get("starts") or [{}])[-1]
+    if "eval_every" not in start:
+        raise UserError(
+            f"{path} is of an earlier version, and does not say which checkpoints are to be "
+            "evaluated. Start the training again, or use config.mode = 'evaluate'"
+        )
+    return start
 
 
 def resumable_differences(

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from save_jax import checkpoint, files, optimizer, recorded, sharding, train
+from save_jax import averaging, checkpoint, files, optimizer, recorded, sharding, train
+from save_jax import config as configuration
 from save_jax.checkpoint import Checkpoints, TrainState
 from save_jax.errors import UserError
 from save_jax.models.save import SAVEConfig
@@ -160,29 +161,31 @@ def _warn_of_slow_encoders(model: SAVEConfig, rates: OptimizerConfig) -> None:
         )
 
 
-def evaluated_parameters(
+def evaluated_models(
     config: dict[str, Any],
     workdir: files.Path,
-    model: SAVEConfig,
     mesh: jax.sharding.Mesh,
     trust_archive: bool = False,
-) -> tuple[Structure, Parameters, int, str]:
-    """Reads the parameters to evaluate: of config.init_from or, without it, of the workdir's run.
+) -> tuple[Structure, dict[str, Parameters], int, str]:
+    """Reads what to evaluate: of config.init_from or, without it, of the workdir's run.
 
     Returns:
-        The model's structure, its parameters, the step that they are of, and where they are from.
+        The model's structure, its parameters and perhaps their average (`averaging.models`), the
+        step that they are of, and where they are from.
 
     Raises:
         UserError: they cannot be read, do not fit the model, or are not all there.
     """
+    model = configuration.model_config(config)
     structure, like = train.abstract_state(model, optimizer.ALL_FROZEN, mesh)
     source = config["init_from"]
     if not source or checkpoint.is_ours(source):
         found = checkpoint.find(source or workdir)
         step, params = checkpoint.load_parameters(found, like.frozen)
-        return structure, params, step, str(found)
+        average = averaging.load(str(found), like.frozen)
+        return structure, averaging.models(params, average), step, str(found)
     params = load_weights(config, model, like.frozen, complete=True, trust_archive=trust_archive)
-    return structure, params, 0, source
+    return structure, averaging.models(params, {}), 0, source
 
 
 def load_weights(

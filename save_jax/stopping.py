@@ -11,6 +11,10 @@ import numpy as np
 from save_jax import sharding
 
 
+class Stopped(Exception):
+    """What runs between steps was asked to stop; raised on all processes at the same place."""
+
+
 class StopRequest:
     """Makes Ctrl-C and SIGTERM ask all processes to stop after the same step, with a checkpoint.
 
@@ -60,3 +64,9 @@ class StopRequest:
     def count(self, vote: jax.Array | None) -> None:
         """Waits for a vote, and notes its outcome."""
         self.agreed |= self.signal is not None if vote is None else bool(jax.device_get(vote))
+
+    def heed(self) -> None:
+        """Raises Stopped, on all processes at the same call, once one of them was asked to stop."""
+        self.count(self.vote())
+        if self.agreed:
+            raise Stopped

@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from save_jax.optimizer import Hyperparameters, OptimizerConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.profiling import Trace
 from save_jax.progress import say
-from save_jax.stopping import StopRequest
+from save_jax.stopping import Stopped, StopRequest
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -274,7 +274,7 @@ def train(
     train_step: TrainStep,
     *,
     training: TrainingSet,
-    evaluate: Callable[[Mapping[str, Parameters], int, str], Mapping[str, Any]],
+    evaluate: Callable[[Mapping[str, Parameters], int], None],
     checkpoints: Checkpoints,
     meter: Meter,
     plan: Plan,
@@ -287,8 +287,9 @@ def train(
         state: where to resume; donated.
         train_step: compiled, see `make_train_step`.
         training: the data.
-        evaluate: (parameters and average, as `averaging.models`; step; when in words) -> metrics
-            of the former, of which those of "t2v" choose the best checkpoint.
+        evaluate: (parameters and average, as `averaging.models`; step) -> None, called once the
+            step's checkpoint is on its way; also with the step that is resumed, which may have
+            been left unevaluated. It may raise Stopped, on all processes, when `stop` says so.
         checkpoints: where states go.
         meter: where scalars and progress go.
         plan: how long to train, and what happens how often.
@@ -313,6 +314,34 @@ def train(
         check_finite(done.step, scalars, done.index, training, checkpoints)
         meter.log(done.step, scalars)
 
+    def evaluated(step: int) -> bool:
+        """Evaluates the state; False when it was asked to stop before that was done."""
+        if stop.agreed:
+            return False
+        try:
+            params = {**state.trained, **state.frozen}
+            evaluate(averaging.models(params, state.average), step)
+        except Stopped:
+            return False
+        return True
+
+    def stopped(step: int, unevaluated: bool) -> bool:
+        """Says that the run was stopped, once its checkpoint is complete; returns False."""
+        checkpoints.wait()
+        name = stop.signal.name if stop.signal else "a signal to another process"
+        say(
+            f"{name}: stopped after step {step} of {total}, checkpoint written; "
+            "the same command resumes from there" + (", and evaluates it" if unevaluated else "")
+        )
+        return False
+
+    # ------------------------------------------------ evaluate what the last start has not come to
+    if first and plan.evaluates(first):
+        with meter.paused():
+            done = evaluated(first)
+        if not done:
+            return stopped(first, unevaluated=True)
+
     mesh = sharding.mesh_of(state.step)
     batches = sharding.prefetch(training.batches(first, total), mesh)
     for step in range(first + 1, total + 1):
@@ -333,28 +362,18 @@ def train(
         if len(pending) > 1:
             settle()
 
-        # ------------------------------------- evaluate and save; only a step known to be sound
-        evaluates, last = plan.evaluates(step), step == total
+        # ------------------------------------- save and evaluate; only a step known to be sound
+        evaluates, done = plan.evaluates(step), True
         if evaluates or stop.agreed or plan.saves(step):
             while pending:
                 settle()
             with meter.paused():
-                result = None
-                if evaluates:
-                    when = f"after epoch {plan.epoch(step):g}" + (" (the last step)" * last)
-                    params = {**state.trained, **state.frozen}
-                    result = evaluate(averaging.models(params, state.average), step, when)
                 meter.sync()
-                checkpoints.save(state, step, result["t2v"] if result else None)
+                checkpoints.save(state, step)  # first: nothing that happens then loses a step
+                done = not evaluates or evaluated(step)
 
         # ------------------------------------------------------------------ stop when asked to
-        if stop.agreed and not last:
-            checkpoints.wait()
-            name = stop.signal.name if stop.signal else "a signal to another process"
-            say(
-                f"{name}: stopped after step {step} of {total}, checkpoint written; "
-                "the same command resumes from there"
-            )
-            return False
+        if stop.agreed and not (step == total and done):
+            return stopped(step, unevaluated=not done)
     checkpoints.wait()
     return True

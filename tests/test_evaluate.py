@@ -1,6 +1,9 @@
 """Evaluation: padding and the shapes of the gallery change nothing; what is written, and when."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from launch import compare
 from launch.report import __main__ as report
 from save_jax import evaluate, metrics, sharding
 from save_jax.progress import Writer
-from tests.support import synthetic
+from tests.support import synthetic, system
 from tests.support.training import BATCH, RATES, program
 
 
@@ -125,3 +128,25 @@ def test_a_large_gallery_is_not_ranked_without_its_branches(embedded, monkeypatc
     arrays, _ = evaluator.evaluate(params, data)
     assert not [name for name in arrays if name.startswith("t2v_rank_")]
     assert arrays["sound_gates"].shape == (11, 1, 2)
+
+
+def test_a_matrix_that_the_disk_has_no_room_for_is_an_error_and_not_the_end(tmp_path):
+    """A write to mapped memory without room ends the process: SIGBUS."""
+    system.need("mount", "mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can make a file system that is full")
+    try:
+        script = f"""
+import pathlib
+import numpy as np
+from save_jax import evaluate
+with evaluate._similarity_file(pathlib.Path({str(tmp_path)!r}), 1000, 1000, 10**7) as keep:
+    keep(np.arange(1000), 0, np.ones((1000, 1000), np.float32))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 1, done.returncode
+        assert "OSError: [Errno 28] No space left on device" in done.stderr
+        assert not list(tmp_path.iterdir()), "nothing is left of it"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from save_jax import cli, errors, evaluate, main, resume
+from save_jax import cli, errors, main, results, resume
 from save_jax.cache import __main__ as cache
 from save_jax.errors import OutageError, UserError
 
@@ -44,7 +44,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--nope=1"], "Unknown command line flag 'nope'"),
         (["stray"], "unexpected arguments: stray"),
         (["--config.cache.dir=gs://bucket/cache"], "expected a directory on a disk"),
-        (["--config.mode=dream"], "expected 'train' or 'evaluate'"),
+        (["--config.mode=dream"], "expected 'train', 'evaluate' or 'follow'"),
         (["--config.log_every=0"], "config.log_every = 0: expected at least 1"),
         (["--config.dtype=float8"], "expected one of float32, bfloat16"),
         (["--config.model.attention=cudnn"], "needs an NVIDIA GPU and config.dtype = 'bfloat16'"),
@@ -292,7 +292,7 @@ def test_summary_shows_the_last_and_the_best(tmp_path):
     evaluation(5, 60.0)
     evaluation(10, 50.0)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluate.summarise(tmp_path, "test")
+        results.summarise(tmp_path, "test")
     text = out.getvalue()
     assert text.index("last step (10)") < text.index("step 5; an optimistic protocol")
     assert text.index("50.0") < text.index("60.0")
@@ -307,7 +307,7 @@ def test_of_equal_evaluations_the_later_is_the_best(tmp_path, capsys):
         folder.mkdir(parents=True)
         result = {"step": step, "t2v": scores, "v2t": scores, "groups": {}, **of_the_run(step)}
         (folder / "metrics.json").write_text(json.dumps(result))
-    evaluate.summarise(tmp_path, "test")
+    results.summarise(tmp_path, "test")
     assert "step 10; an optimistic protocol" in capsys.readouterr().out
 
 
@@ -323,7 +323,7 @@ def test_evaluations_of_something_else_are_no_part_of_the_summary(tmp_path, caps
         folder = tmp_path / "evaluation" / str(step)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(result))
-    evaluate.summarise(tmp_path, "test")
+    results.summarise(tmp_path, "test")
     said = capsys.readouterr().out
     assert "last step (5)" in said and "250.0" not in said and "best of" not in said
 
@@ -336,5 +336,5 @@ def test_evaluations_of_an_earlier_version_are_summarised(tmp_path, capsys):
         folder = tmp_path / "evaluation" / str(step)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(result))
-    evaluate.summarise(tmp_path, "test")
+    results.summarise(tmp_path, "test")
     assert "last step (10)" in capsys.readouterr().out

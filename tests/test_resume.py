@@ -17,6 +17,8 @@ CHANGED = {
     "data.dir": "/local/prepared",
     "init_from": "elsewhere",
     "eval_every": 3,
+    "follow_keep": 3,
+    "data.test_split": "other",
     "checkpoint_every": 7,
     "log_every": 1,
     "mode": "evaluate",

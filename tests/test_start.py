@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from save_jax import checkpoint, optimizer, resume, sharding, train, weights
+from save_jax import config as configuration
 from tests.support import synthetic
 from tests.support.training import RATES, program
 
@@ -47,11 +48,11 @@ def test_a_run_resumes_without_a_random_model(workdir, nothing_at_random):
     assert float(state.hyperparameters.peaks["new"]) == np.float32(RATES.new)
 
 
-def test_a_run_is_evaluated_without_a_random_model(workdir, nothing_at_random):
+def test_a_run_is_evaluated_without_a_random_model(workdir, nothing_at_random, monkeypatch):
     mesh, fresh, *_ = program(RATES, 1)
-    config = {"init_from": str(workdir)}
-    _, params, step, _ = resume.evaluated_parameters(config, workdir, synthetic.MODEL, mesh)
-    assert step == 7 and params.keys() == everything(fresh).keys()
+    monkeypatch.setattr(configuration, "model_config", lambda _: synthetic.MODEL)
+    _, models, step, _ = resume.evaluated_models({"init_from": str(workdir)}, workdir, mesh)
+    assert step == 7 and list(models) == [""] and models[""].keys() == everything(fresh).keys()
 
 
 @pytest.mark.parametrize("whole", [True, False])

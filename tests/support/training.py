@@ -18,9 +18,11 @@ import sys
 
 import jax
 
-from save_jax import distributed, evaluate, sharding, stopping, train
+from save_jax import checkpoint, distributed, evaluate, retention, sharding, stopping, train
 from save_jax.checkpoint import Checkpoints
 from save_jax.errors import UserError
+from save_jax.evaluations import Evaluations
+from save_jax.following import Trainers, Watch
 from save_jax.meter import Meter, Plan
 from save_jax.models.save import SAVEConfig
 from save_jax.objectives import LossConfig
@@ -64,11 +66,20 @@ def run(
     With `stop_after`, the data ends with an exception after that many steps, as a crash would.
     """
     mesh, state, step_function, evaluator = program(rates, devices, model)
-    checkpoints = Checkpoints(workdir)
+    training = synthetic.training_set(BATCH, data)
+    plan = Plan(
+        total_steps=rates.total_steps,
+        steps_per_epoch=training.steps_per_epoch,
+        batch_size=BATCH,
+        eval_every=eval_every,
+        checkpoint_every=3,
+        log_every=1,
+    )
+    kept = retention.Retention(pathlib.Path(workdir), "test", plan.evaluates, 5)
+    checkpoints = Checkpoints(workdir, kept)
     step = checkpoints.latest_step()
     if step is not None:
         state = checkpoints.restore(step, state)
-    training = synthetic.training_set(BATCH, data)
     if stop_after is not None:
         inner = training.batches
 
@@ -87,28 +98,16 @@ def run(
         final["state"] = state
         return state, scalars
 
-    evaluation = functools.partial(
-        evaluate.run_evaluations,
-        data=synthetic.evaluation_set(BATCH),
-        evaluator=evaluator,
-        writer=writer,
-        workdir=workdir,
-    )
-    plan = Plan(
-        total_steps=rates.total_steps,
-        steps_per_epoch=training.steps_per_epoch,
-        batch_size=BATCH,
-        eval_every=eval_every,
-        checkpoint_every=3,
-        log_every=1,
-    )
     try:
         with stopping.StopRequest(mesh) as stop, distributed.exit_if_peer_lost():
+            data = synthetic.evaluation_set(BATCH)
+            evaluations = Evaluations(workdir, plan, evaluator, data, None, writer, stop)
+            like = checkpoint.abstract({**state.trained, **state.frozen})
             train.train(
                 state,
                 keep,
                 training=training,
-                evaluate=evaluation,
+                evaluate=Trainers(evaluations, Watch(workdir), like).evaluate,
                 checkpoints=checkpoints,
                 meter=Meter(plan, rates, writer, first=step or 0),
                 plan=plan,

@@ -1,0 +1,160 @@
+"""What evaluations have written to a workdir, and what follows: the best checkpoint, the summary.
+
+`evaluation/STEP/metrics.json` is written last, so an evaluation with it is complete. best.json
+follows from these files and from which checkpoints there are: whoever evaluates, the trainer, its
+follower or an `evaluate`, writes the same.
+"""
+
+import contextlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from save_jax import files, metrics
+from save_jax.progress import say
+
+CHECKPOINTS = "checkpoints"  # within a workdir
+BEST = "best.json"  # likewise
+BEST_METRIC = "SumR"  # of text→video
+TEST = "test"  # below evaluation/STEP: results of config.data.test_split, whatever its name
+
+
+def results_at(workdir: files.Path, step: int, subset: str = "") -> files.Path:
+    """Returns where an evaluation's results go: evaluation/STEP or evaluation/STEP/SUBSET."""
+    return workdir / "evaluation" / str(step) / subset
+
+
+def is_own(result: dict[str, Any], split: str = "") -> bool:
+    """Says whether metrics are of the run's own checkpoint and, where one is given, of a split."""
+    own = {"checkpoint": f"{CHECKPOINTS}/{result['step']}"} | ({"split": split} if split else {})
+    # What an evaluation of an earlier version does not say counts as the run's own.
+    said = result.get("protocol", {})
+    return all(said.get(key, value) == value for key, value in own.items())
+
+
+def own(workdir: files.Path, step: int, split: str = "", subset: str = "") -> dict[str, Any] | None:
+    """Returns the metrics of a checkpoint of the run; None where no evaluation of it is complete.
+
+    Args:
+        workdir: the run's directory.
+        step: updates that made the checkpoint.
+        split: what it must have been evaluated on; "" = whatever it was.
+        subset: "" or TEST.
+    """
+    try:
+        result = json.loads((results_at(workdir, step, subset) / "metrics.json").read_text())
+    except (FileNotFoundError, ValueError):  # absent or, after a disk's fault, damaged
+        return None
+    return result if is_own(result, split) else None
+
+
+def value(workdir: files.Path, step: int, split: str = "") -> float | None:
+    """Returns what a checkpoint's evaluation gives it among the others; None without one.
+
+    Of a run of an earlier version it may stand with the checkpoint alone.
+    """
+    result = own(workdir, step, split)
+    if result is not None:
+        return result["t2v"][BEST_METRIC]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        beside = workdir / CHECKPOINTS / str(step) / "metrics" / "metrics"
+        return json.loads(beside.read_text())[BEST_METRIC]
+    return None
+
+
+def best(workdir: files.Path, steps: Collection[int], split: str = "") -> tuple[float, int] | None:
+    """Returns value and step of the best of some checkpoints, of equal ones the later."""
+    values = [(found, step) for step in steps if (found := value(workdir, step, split)) is not None]
+    return max(values, default=None)
+
+
+def read_best(workdir: files.Path) -> int | None:
+    """Returns the step of best.json; None where there is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        return int(json.loads((workdir / BEST).read_text())["step"])
+    return None
+
+
+def write_best(workdir: files.Path, steps: Collection[int], split: str) -> None:
+    """Writes best.json.
+
+    Args:
+        workdir: the run's directory.
+        steps: checkpoints that there are.
+        split: the run's own evaluation split.
+    """
+    found = best(workdir, steps, split)
+    if found is None:
+        return
+    total, step = found
+    protocol = (own(workdir, step, split) or {}).get("protocol", {})
+    named = {
+        "step": step,
+        "metric": BEST_METRIC,
+        "value": total,
+        "split": split,
+        "selection": protocol.get("selection", ""),
+    }
+    files.write(workdir / BEST, json.dumps(named, indent=2) + "\n")
+
+
+def drop_beyond(workdir: files.Path, step: int, split: str) -> None:
+    """Removes what says that the run's evaluations beyond a step are complete.
+
+    A run that goes on from an earlier checkpoint makes the later ones, and evaluates them, again.
+    The first process removes; on the others, nothing happens.
+    """
+    if jax.process_index():
+        return
+    for folder in (workdir / "evaluation").glob("*"):
+        if folder.name.isdigit() and int(folder.name) > step:
+            if own(workdir, int(folder.name), split) is not None:
+                (folder / "metrics.json").unlink()
+            (folder / TEST / "metrics.json").unlink(missing_ok=True)
+
+
+def summarise(workdir: files.Path, split: str, test_split: str = "") -> None:
+    """Prints the last evaluation's table and the best one's, and both on the test split if any.
+
+    Only the run's own count: not those of other weights or another split, which may be there too.
+
+    Args:
+        workdir: the run's directory.
+        split: whose results choose the best checkpoint.
+        test_split: whose results are reported of it; "" = those of `split` itself.
+    """
+    results = [
+        result
+        for path in (workdir / "evaluation").glob("*/metrics.json")
+        if is_own(result := json.loads(path.read_text()), split)
+    ]
+    results.sort(key=lambda result: result["step"])
+    last = results[-1]
+    # Of equal ones the later, as the checkpoints' retention has it.
+    top = max(results, key=lambda result: (result["t2v"][BEST_METRIC], result["step"]))
+    if test_split:
+        kept = read_best(workdir)
+        top = next((result for result in results if result["step"] == kept), top)
+    say(f"last step ({last['step']}), {split} split:\n{metrics.table(last)}")
+    if top["step"] != last["step"]:
+        how = f"which chooses the checkpoint for {test_split}" if test_split else "itself"
+        optimistic = "" if test_split else "; an optimistic protocol"
+        say(
+            f"\nbest of {len(results)} evaluations on the {split} split {how} (step "
+            f"{top['step']}{optimistic}):\n{metrics.table(top)}"
+        )
+    if test_split:
+        of_test = {
+            step: own(workdir, step, test_split, TEST) for step in (top["step"], last["step"])
+        }
+        for step, result in of_test.items():
+            why = f"chosen on {split}" if step == top["step"] else "the last step"
+            why += ", and the last step" if step == top["step"] == last["step"] else ""
+            say(
+                f"\n{test_split} split, step {step} ({why}):\n{metrics.table(result)}"
+                if result
+                else f"\n{test_split} split, step {step} ({why}): not evaluated"
+            )
+    say(f"\neverything is in {workdir}")
