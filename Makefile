@@ -11,8 +11,10 @@ WHISPER ?= tiny.en
 HEARD = $(filter-out 0,$(TRANSCRIBE))
 DEMO ?= $(if $(HEARD),runs/demo_whisper,runs/demo)
 SEED ?= 0
-# Of `make soak`: the prepared demo that its SLURM test trains on; made if absent.
+# Of `make soak`: the prepared demo that its SLURM test trains on, made if absent; and where its
+# 200 faults are counted, which goes on where it was.
 SLURM_DEMO ?= demo_data
+CHAOS ?= runs/chaos
 # Extra flags for the demo's three runs, say FLAGS=--config.steps=20 for a first look.
 FLAGS ?=
 
@@ -64,6 +66,7 @@ test: lint
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests -m soak --capture=no -p no:xdist
 	PYTHON=$(abspath $(VENV)/bin/python) tests/launch/test_slurm.sh $(SLURM_DEMO)
+	$(VENV)/bin/python -m launch.chaos --data=$(SLURM_DEMO) --workdir=$(CHAOS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

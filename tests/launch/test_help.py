@@ -9,6 +9,7 @@ COMMANDS = {
     "launch.sweep": "launch.sweep.__main__",
     "launch.report": "launch.report.__main__",
     "launch.compare": "launch.compare",
+    "launch.chaos": "launch.chaos.__main__",
     "launch.compile": "launch.compile.command",
     "launch.benchmark": "launch.benchmark.__main__",
     "launch.benchmark input": "launch.benchmark.__main__",

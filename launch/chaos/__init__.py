@@ -1,0 +1,1 @@
+"""Random faults that hit runs, and what must come out nonetheless."""
