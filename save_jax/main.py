@@ -98,7 +98,7 @@ def _train(
     # ---------------------------------------------------------------------------------- state
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, plan.total_steps)
-    with contextlib.ExitStack() as closing:
+    with splits, contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir)))
         structure, state, resumed = resume.initial_state(
             config, model, rates, mesh, checkpoints, trust_archive
@@ -160,7 +160,7 @@ def _evaluate(
         splits.use_cache(each, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
-    with progress.writing(workdir, None, writer) as writer:
+    with splits, progress.writing(workdir, None, writer) as writer:
         evaluate.run_evaluations(
             models,
             step,
