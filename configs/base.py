@@ -118,9 +118,10 @@ def get_config() -> ConfigDict:
         }
     )
 
-    # Outputs of frozen encoders, read instead of computed: the --out of `python -m save_jax.cache`.
-    # AST is frozen as it is; with optimizer.clip=0, which is close to the reference (its float16
-    # CLIP hardly moves), CLIP is too, and a step is many times as fast.
+    # Outputs of frozen encoders, read instead of computed: the --out of `python -m save_jax.cache`,
+    # on a disk that all processes see or in a bucket. AST is frozen as it is; with
+    # optimizer.clip=0, which is close to the reference (its float16 CLIP hardly moves), CLIP is
+    # too, and a step is many times as fast.
     config.cache = ConfigDict({"dir": ""})
 
     # The branches' weights (one of weight 0 does not exist), sizes, and what is recomputed in the

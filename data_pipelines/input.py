@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -113,17 +114,7 @@ def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
 
 
 def clip_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    max_words: int,
-    sound: bool,
-    speech: bool,
-    tokenizer: Tokenizer,
-    teacher: bool = False,
-    frames: bool = True,
-    start_step: int = 0,
-    share: np.ndarray | None = None,
+    split: Split, *, batch_size: int, share: np.ndarray | None = None, **reading: Any
 ) -> Iterator[Batch]:
     """Yields this process's share of all clips, each once, in order, for embedding.
 
@@ -133,32 +124,50 @@ def clip_batches(
     Args:
         split: the clips.
         batch_size: clips in the global batch.
+        share: int [rows], the rows of the global batch that this process reads; None = all.
+        reading: what to read of them, as in `chosen_clips`.
+    """
+    steps = -(-split.num_clips // batch_size)
+    rows = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    index = np.where(rows < split.num_clips, rows, -1)
+    return chosen_clips(split, index if share is None else index[:, share], **reading)
+
+
+def chosen_clips(
+    split: Split,
+    index: np.ndarray,
+    *,
+    max_words: int,
+    sound: bool,
+    speech: bool,
+    tokenizer: Tokenizer,
+    teacher: bool = False,
+    frames: bool = True,
+) -> Iterator[Batch]:
+    """Yields batches of chosen clips, for embedding.
+
+    Args:
+        split: the clips.
+        index: int32 [batches, rows], the clips of each batch; -1 fills up.
         max_words: L, ids per transcript.
         sound: whether to read filterbanks.
         speech: whether to include transcripts.
         tokenizer: turns texts into ids.
         teacher: whether to read the teacher's vectors.
         frames: whether to read frames.
-        start_step: the first batch; those before it cost nothing.
-        share: int [rows], the rows of the global batch that this process reads; None = all.
     """
-    share = np.arange(batch_size) if share is None else share
     transcript_ids = tokenizer(split.transcripts, max_words) if speech else None
 
-    def index_of(step: int) -> np.ndarray:
-        rows = (step * batch_size + share).astype(np.int32)
-        return np.where(rows < split.num_clips, rows, -1)
-
     def rows_of(step: int) -> np.ndarray:
-        return np.maximum(index_of(step), 0)
+        return np.maximum(index[step], 0)
 
     def batches() -> Iterator[Batch]:
-        steps = range(start_step, -(-split.num_clips // batch_size))
+        steps = range(len(index))
         read = _read(split, steps, rows_of, frames=frames, sound=sound, teacher=teacher)
         for step, arrays in zip(steps, read, strict=True):
             rows = rows_of(step)
             batch = _batch(split, arrays, rows, None, transcript_ids, sound, teacher)
-            yield batch._replace(index=index_of(step))
+            yield batch._replace(index=index[step])
 
     return batches()
 

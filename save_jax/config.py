@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from save_jax import files, profiling
+from save_jax import profiling
 from save_jax.errors import UserError
 from save_jax.models import ast, clip, layers
 from save_jax.models.save import SAVEConfig
@@ -201,7 +201,7 @@ def set_matmul_precision(config: Mapping[str, Any]) -> None:
 
 
 def check_run(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a mode, count, place of a cache, or steps to trace that cannot be."""
+    """Raises UserError for a mode, split, count, or steps to trace that cannot be."""
     if config["mode"] not in ("train", "evaluate", "follow"):
         raise UserError(
             f"config.mode = {config['mode']!r}: expected 'train', 'evaluate' or 'follow'"
@@ -216,11 +216,6 @@ def check_run(config: Mapping[str, Any]) -> None:
     for key, (least, meaning) in COUNTS.items():
         if config[key] < least:
             raise UserError(f"config.{key} = {config[key]}: expected at least {least} ({meaning})")
-    if files.is_remote(config["cache"]["dir"]):
-        raise UserError(
-            f"config.cache.dir = {config['cache']['dir']!r}: expected a directory on a disk, "
-            "because a cache is mapped into memory; copy it to one that all processes see"
-        )
     profiling.steps_of(config["profile"])
     micro, batch = config["micro_batch"], config["batch_size"]
     if micro and batch % micro:

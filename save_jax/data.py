@@ -22,7 +22,7 @@ SAMPLED_RECORDS = 16  # a split's stored clips whose bytes tell whether it was p
 
 
 class Splits:
-    """Opens the splits of a config.
+    """Opens the splits of a config. It is a context manager, at whose end nothing reads any more.
 
     Args:
         config: all of a config's values.
@@ -49,6 +49,14 @@ class Splits:
         self._caches: dict[str, cache.Cache] = {}
         self._digests: dict[str, str] = {}
 
+    def __enter__(self) -> "Splits":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Ends the threads that read ahead."""
+        for found in self._caches.values():
+            found.close()
+
     def _open(self, split: str) -> Any:
         data = self._config["data"]
         if not data["dir"]:
@@ -72,7 +80,8 @@ class Splits:
         """Reads from config.cache.dir, from now on, what encoders that `rates` freeze compute.
 
         Raises:
-            UserError: the cache is of other weights, data or sizes, or is not complete.
+            UserError: the cache is of other weights, data or sizes, not complete, or damaged.
+            OutageError: the store that it is in fails.
         """
         directory = self._config["cache"]["dir"]
         if not directory:
@@ -85,6 +94,8 @@ class Splits:
             found = cache.open_split(
                 directory, self._for_cache(split), self._model, params, parts, mesh
             )
+            if split.name in self._caches:
+                self._caches[split.name].close()
             self._caches[split.name] = found
             say(f"{split.name}: {', '.join(sorted(found.parts))} from the cache {directory}")
 
@@ -144,22 +155,20 @@ class Splits:
 
     def to_cache(
         self, split: str, parts: Collection[str]
-    ) -> tuple[cache.Split, Callable[[int], Iterator[Batch]]]:
-        """Returns the split to cache, and (first batch) -> the stream of its clips."""
+    ) -> tuple[cache.Split, Callable[[np.ndarray], Iterator[Batch]]]:
+        """Returns the split to cache, and (clips of each batch) -> the stream of these batches."""
         opened = self._open(split)
 
-        def batches(first: int) -> Iterator[Batch]:
-            return self._pipeline.clip_batches(
+        def batches(index: np.ndarray) -> Iterator[Batch]:
+            return self._pipeline.chosen_clips(
                 opened,
-                batch_size=self._config["eval_batch_size"],
+                index,
                 max_words=self._config["data"]["max_words"],
                 tokenizer=self._tokenizer,
                 frames="frames" in parts,
                 sound="ast" in parts,
                 speech="speech" in parts,
                 teacher="teacher" in parts,
-                start_step=first,
-                share=self._share(self._config["eval_batch_size"]),
             )
 
         return self._for_cache(opened), batches

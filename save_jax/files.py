@@ -13,11 +13,12 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 # Else epath would open buckets through TensorFlow, where that happens to be installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
 
+import fsspec
 from etils import epath
 
 from save_jax.errors import NO_SPACE, OutageError, UserError, is_outage
@@ -90,7 +91,61 @@ def is_remote(where: str | os.PathLike) -> bool:
     return "://" in os.fspath(where)
 
 
-def write(where: Path, text: str | bytes, *, fsync: bool = True) -> None:
+def sizes(directory: Path) -> dict[str, int]:
+    """Returns the bytes of all files below a directory, by their path from there.
+
+    Raises:
+        UserError: the store refuses.
+        OutageError: the store fails.
+        OSError: the disk fails; of a directory that is not there, nothing is returned.
+    """
+    if not is_remote(directory):
+        found = {}
+        for path in pathlib.Path(directory).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process's, and gone meanwhile
+                if path.is_file():
+                    found[path.relative_to(directory).as_posix()] = path.stat().st_size
+        return found
+    try:
+        store, name = fsspec.core.url_to_fs(os.fspath(directory))
+        store.invalidate_cache()  # other processes write there too
+        name = name.rstrip("/") + "/"
+        listed = store.find(name, detail=True)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # each kind of store has its own
+        raise unreachable(directory, error) from error
+    return {path.removeprefix(name): info["size"] for path, info in listed.items()}
+
+
+def read_ranges(wanted: Sequence[tuple[Path, int, int]]) -> list[bytes | Exception]:
+    """Reads parts of files in a bucket, many at a time.
+
+    Args:
+        wanted: (file, first byte, number of bytes), of one bucket or several of the same store.
+
+    Returns:
+        In the same order, the bytes, which are fewer where a file ends before; or a
+        FileNotFoundError.
+
+    Raises:
+        UserError: the store refuses.
+        OutageError: the store fails.
+    """
+    names = [os.fspath(path) for path, _, _ in wanted]
+    starts, ends = [start for _, start, _ in wanted], [start + n for _, start, n in wanted]
+    try:
+        store, _ = fsspec.core.url_to_fs(names[0])
+        found = store.cat_ranges(names, starts, ends, on_error="return")
+    except Exception as error:  # each kind of store has its own
+        raise unreachable(names[0], error) from error
+    for name, content in zip(names, found, strict=True):
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise unreachable(name, content) from content
+    return found
+
+
+def write(where: Path, text: str | bytes | memoryview, *, fsync: bool = True) -> None:
     """Writes a file that has its name only once it is complete; `fsync` as in `appearing`.
 
     Several processes may write one name at once: each file is whole, and the last one stays.
@@ -100,7 +155,7 @@ def write(where: Path, text: str | bytes, *, fsync: bool = True) -> None:
     """
     content = text.encode() if isinstance(text, str) else text
     if is_remote(where):
-        where.write_bytes(content)
+        where.write_bytes(bytes(content))
         return
     with appearing(where, fsync=fsync) as temporary:
         temporary.write_bytes(content)

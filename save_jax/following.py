@@ -252,7 +252,7 @@ def follow(
     read = _reader(workdir, {**state.trained, **state.frozen})
     if jax.process_index() == 0:
         (workdir / SCALARS).mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as closing:
+    with splits, contextlib.ExitStack() as closing:
         writer = closing.enter_context(progress.writing(workdir / SCALARS, None, given))
         closing.enter_context(distributed.exit_if_peer_lost())
         stop = closing.enter_context(stopping.StopRequest(mesh))

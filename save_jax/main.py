@@ -102,7 +102,7 @@ def _train(
     # ---------------------------------------------------------------------------------- state
     model, loss = configuration.model_config(config), configuration.loss_config(config)
     rates = configuration.optimizer_config(config, plan.total_steps)
-    with contextlib.ExitStack() as closing:
+    with splits, contextlib.ExitStack() as closing:
         kept = retention.Retention(workdir, evaluation.split, plan.evaluates, config["follow_keep"])
         checkpoints = checkpoint.Checkpoints(workdir, kept)
         closing.callback(checkpoints.close)
@@ -160,7 +160,7 @@ def _evaluate(
         splits.use_cache(each, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
-    with progress.writing(workdir, None, writer) as writer:
+    with splits, progress.writing(workdir, None, writer) as writer:
         evaluate.run_evaluations(
             models,
             step,

@@ -299,6 +299,16 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
+def host_rows(array: jax.Array) -> np.ndarray:
+    """Returns the rows of a batch on the mesh that this process's devices hold (`process_rows`).
+
+    Args:
+        array: [count, ...], sharded as `batch_sharding` says.
+    """
+    held = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in held])
+
+
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     """Puts a host array that every process holds whole on the mesh, split by rows.
 

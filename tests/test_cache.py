@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from save_jax import config as configuration
 from save_jax.cache import __main__ as command
 from save_jax.data import Splits
 from save_jax.errors import UserError
-from tests.support import caching, miniatures, programs
+from tests.support import caching, miniatures, object_store, programs
 
 TRAINING = {
     "frame_embeddings",
@@ -133,12 +135,8 @@ def computed(data, tmp_path_factory):
     return workdir
 
 
-def arrays(directory) -> dict[str, np.ndarray]:
-    return {path.stem: np.load(path) for path in directory.glob("*.npy")}
-
-
 def test_what_a_cache_holds(cached):
-    train_arrays, test_arrays = arrays(cached / "train"), arrays(cached / "test")
+    train_arrays, test_arrays = caching.arrays(cached / "train"), caching.arrays(cached / "test")
     assert set(train_arrays) == TRAINING and set(test_arrays) == EVALUATION
     assert train_arrays["frame_embeddings"].shape == (5, 4, 16)
     assert train_arrays["caption_embeddings"].shape == (100, 16)
@@ -185,9 +183,12 @@ def test_losses_are_those_of_a_run_that_computes_all(data, cached, computed, tmp
 def test_states_kept_in_half_the_room_change_little(
     data, computed, tmp_path, dtype, on_disk, soft_albef
 ):
-    command.run(caching.config(data), str(tmp_path / "cache"), splits=["train"], dtype=dtype)
-    assert np.load(tmp_path / "cache" / "train" / "ast_states.npy").dtype == on_disk
-    assert main.run(caching.config(data, cache__dir=str(tmp_path / "cache")), tmp_path / "run")
+    """The cache is in a bucket, as one of any dtype may be."""
+    store, directory = object_store.register(), "gs://bucket/cache"
+    command.run(caching.config(data), directory, splits=["train"], dtype=dtype)
+    states = store.cat_file(f"{directory}/train/ast_states/00000-of-00001.npy")
+    assert np.load(io.BytesIO(states)).dtype == on_disk
+    assert main.run(caching.config(data, cache__dir=directory), tmp_path / "run")
     found, expected = (losses(w, "contrastive") for w in (tmp_path / "run", computed))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     assert (found != expected).any()  # or that was not what was read
@@ -202,7 +203,7 @@ def test_bfloat16_computation(data, tmp_path):
     directory, config = tmp_path / "cache", caching.config(data, dtype="bfloat16")
     command.run(config, str(directory), splits=["train"], dtype="bfloat16")
     for name in ("frame_embeddings", "ast_states"):
-        assert np.load(directory / "train" / f"{name}.npy").dtype == "uint16"
+        assert caching.arrays(directory / "train")[name].dtype == "uint16"
     assert main.run(config, tmp_path / "computed")
     assert main.run({**config, "cache": {"dir": str(directory)}}, tmp_path / "run")
     found, expected = losses(tmp_path / "run"), losses(tmp_path / "computed")
@@ -226,6 +227,7 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
     arguments = [*overrides(data, mesh__fsdp=2), "--dtype=float32", f"--out={out}"]
     job = together("tests.support.device_orders", "random", "save_jax.cache", *arguments)
     assert [code for code, _ in job] == [0, 0], job
+    assert len(list((out / "train" / "ast_states").iterdir())) == 3  # more than one for a process
     assert_same_cache(cached, out)
     arguments = overrides(data, mesh__fsdp=4, micro_batch=4, cache__dir=out)
     arguments = ["save_jax.main", *arguments, f"--workdir={workdir}"]
@@ -236,7 +238,7 @@ def test_two_processes_write_the_same_and_train_from_it(data, cached, computed, 
 
 def assert_same_cache(one, other):
     for split in ("train", "test"):
-        expected, found = arrays(one / split), arrays(other / split)
+        expected, found = caching.arrays(one / split), caching.arrays(other / split)
         assert set(found) == set(expected)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
@@ -296,7 +298,7 @@ def test_what_is_cached_is_not_read(cached, open_data, monkeypatch):
     assert batch.frames is batch.fbank is batch.caption_ids is batch.transcript_ids is None
     assert batch.frame_embeddings.shape == (8, 4, 16)
     np.testing.assert_array_equal(
-        batch.frame_embeddings, np.load(cached / "train" / "frame_embeddings.npy")[batch.index]
+        batch.frame_embeddings, caching.arrays(cached / "train")["frame_embeddings"][batch.index]
     )
 
 
@@ -404,9 +406,14 @@ def test_what_trains_cannot_be_cached(data, tmp_path):
         command.run(values, str(tmp_path))
 
 
-def test_a_cache_in_a_bucket_is_refused(data):
-    code, said = alone("save_jax.cache", *overrides(data), "--out=gs://bucket/cache")
-    assert code == 2 and "gs://bucket/cache: expected a directory on a disk" in said
+def test_what_reads_ahead_ends_with_its_splits(cached, open_data):
+    before, found = set(threading.enumerate()), open_data(cached)
+    with pytest.raises(KeyError), found:
+        batches = found.training().batches(0, 12)
+        next(batches)
+        (thread,) = (x for x in set(threading.enumerate()) - before if "read-ahead" in x.name)
+        raise KeyError("the loop fails")
+    assert not thread.is_alive()
 
 
 def test_frozen_parts_are_those_of_the_branches_and_rates():
@@ -429,18 +436,27 @@ def test_frozen_parts_are_those_of_the_branches_and_rates():
 
 def test_a_killed_writer_goes_on_and_the_result_is_the_same(data, cached, tmp_path):
     out = tmp_path / "cache"
-    code, said = alone("tests.support.caching", str(data), str(out), "2")
+    program = ["tests.support.caching", str(data), str(out)]
+    # In the clips, of 3 shards for each of 6 arrays, and in the captions.
+    code, said = alone(*program, "4", "SIGKILL")
     assert code == -signal.SIGKILL, said
+    assert len(set(out.glob("*/*/*.npy"))) == 4
+    assert list((out / "train").glob("*/.*.tmp"))  # half a shard
+    code, said = alone(*program, "17", "SIGTERM")
+    assert code == os.EX_TEMPFAIL and "what was done is kept, and the same command" in said, said
+    assert 4 + 17 < len(set(out.glob("*/*/*.npy"))) < 18 + 7  # it ends when that one is written
+    assert len(list((out / "train").glob("*/.*.tmp"))) == 1
     meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
-    assert {entry["done"] for entry in meta.values()} == {0, 2}
-    code, said = alone("tests.support.caching", str(data), str(out), "10")  # then in the captions
-    assert code == -signal.SIGKILL, said
-    meta = json.loads((out / "train" / "meta.json").read_text())["arrays"]
-    assert meta["ast_states"]["done"] == 5 and 0 < meta["caption_embeddings"]["done"] < 100
-    code, said = alone("tests.support.caching", str(data), str(out), "-1")
+    assert {entry["checksums"] for entry in meta.values()} == {None}
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*.npy")}
+    half = next(path for path in kept if path.parent.name == "ast_states")
+    half.write_bytes(half.read_bytes()[:-1])  # as another file system may leave it
+    del kept[half]
+    code, said = alone(*program, "-2")
     assert code == 0, said
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     for split in ("train", "test"):
-        expected, found = arrays(cached / split), arrays(out / split)
+        expected, found = caching.arrays(cached / split), caching.arrays(out / split)
         assert expected.keys() == found.keys()
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
@@ -451,15 +467,25 @@ def test_a_cache_that_is_not_complete_or_damaged_is_refused(cached, open_data, t
     shutil.copytree(cached, broken)
     meta = broken / "train" / "meta.json"
     content = json.loads(meta.read_text())
-    content["arrays"]["ast_states"]["done"] = 3
+    sums = content["arrays"]["ast_states"]["checksums"]
+    content["arrays"]["ast_states"]["checksums"] = None
     meta.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="ast_states is not complete, it has 3 of 5 rows"):
+    with pytest.raises(UserError, match="ast_states is not complete, it has 1 of 1 shards"):
         open_data(broken)
-    content["arrays"]["ast_states"]["done"] = 5
+    content["arrays"]["ast_states"]["checksums"] = sums
     meta.write_text(json.dumps(content))
-    file = broken / "train" / "ast_states.npy"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"ast_states\.npy: expected float32"):
+    open_data(broken)
+    file = broken / "train" / "ast_states" / "00000-of-00001.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    words = f"{file}: expected {len(whole)} bytes, found {len(whole) - 100}. Remove it, and run"
+    with pytest.raises(UserError, match=words):
+        open_data(broken)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file}: expected {len(whole)} bytes, found no file"):
+        open_data(broken)
+    meta.write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(UserError, match=r"format 2, found 1.*Remove the directory, and write"):
         open_data(broken)
     meta.write_text("{")
     with pytest.raises(UserError, match=r"meta\.json cannot be read"):
@@ -480,7 +506,7 @@ def test_a_full_disk_shows_before_the_work(data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"of free space, found 0\.0 MB"):
         command.run(caching.config(data), str(tmp_path / "cache"), splits=["train"])
-    assert not list((tmp_path / "cache").glob("**/*.npy"))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 def test_the_trained_layer_norm_still_trains(data, cached, tmp_path):

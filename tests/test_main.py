@@ -43,7 +43,6 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/demo.py:nope"], "unknown model 'nope'"),
         (["--nope=1"], "Unknown command line flag 'nope'"),
         (["stray"], "unexpected arguments: stray"),
-        (["--config.cache.dir=gs://bucket/cache"], "expected a directory on a disk"),
         (["--config.mode=dream"], "expected 'train', 'evaluate' or 'follow'"),
         (["--config.log_every=0"], "config.log_every = 0: expected at least 1"),
         (["--config.dtype=float8"], "expected one of float32, bfloat16"),

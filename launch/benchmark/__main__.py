@@ -4,6 +4,7 @@ python -m launch.benchmark input [--clips=N] [--seconds=N] [...]
 python -m launch.benchmark train [--config=FILE] [--batch=N] [...]
 python -m launch.benchmark evaluate [--captions=N] [--videos=N] [...]
 python -m launch.benchmark cache --data=DIR [--config=FILE] [--batch=N] [...]
+python -m launch.benchmark storage [--rows=N] [--out=DIR] [...]
 
 Each command prints a table and then one line of JSON with the same numbers.
 """
@@ -11,7 +12,7 @@ Each command prints a table and then one line of JSON with the same numbers.
 import argparse
 import sys
 
-from launch.benchmark import cache, evaluate, train
+from launch.benchmark import cache, evaluate, storage, train
 from launch.benchmark import input as benchmark_input
 from save_jax.arguments import ArgumentParser
 from save_jax.errors import EXIT_CODES, exit_codes
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add(commands, "train", train)
     _add(commands, "evaluate", evaluate)
     _add(commands, "cache", cache)
+    _add(commands, "storage", storage)
     options = parser.parse_args(arguments)
     options.run(options)
     return 0

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         split = config["data"]["train_split"]
         build.run(config, folder, splits=[split], dtype=options.dtype)
         writing = time.monotonic() - started
-        size = sum(path.stat().st_size for path in pathlib.Path(folder).glob("*/*.npy"))
+        size = sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*.npy"))
         total = 1 + options.turns * options.steps
         ways = {
             "computed": steps(config, total),

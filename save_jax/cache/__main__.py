@@ -6,14 +6,11 @@ python -m save_jax.cache --config=configs/msrvtt.py --init_from=PATH --out=DIR [
 Then train with the same config and weights, and --config.cache.dir=DIR.
 """
 
-import contextlib
-import pathlib
 import sys
 
-import jax
 from absl import flags, logging
 
-from save_jax import cli, distributed, files, locks
+from save_jax import cli, distributed, files
 from save_jax.cache.build import SHOWN_PARTS, run
 from save_jax.errors import UserError, exit_codes
 
@@ -22,7 +19,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "out",
         None,
-        "Directory of the cache; one that is incomplete is resumed.",
+        "Directory of the cache, or a bucket; one that is incomplete is resumed.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -50,13 +47,6 @@ def _define(values: flags.FlagValues) -> None:
     cli.define_trust_archive(values)
 
 
-def _alone(out: str) -> contextlib.AbstractContextManager:
-    """Keeps other commands from writing the same cache meanwhile."""
-    if jax.process_index():
-        return contextlib.nullcontext()
-    return locks.hold(pathlib.Path(out))
-
-
 @exit_codes
 def command(argv: list[str]) -> int:
     """Parses the command line and writes; returns the exit code, as that of `save_jax.main`."""
@@ -65,19 +55,14 @@ def command(argv: list[str]) -> int:
     config, given = line.config, line.flags
     if not given.out:
         raise UserError("--out=DIR is required: where the cache goes")
-    if files.is_remote(given.out):
-        raise UserError(
-            f"--out={given.out}: expected a directory on a disk, because a cache is mapped "
-            "into memory; choose one that all processes see"
-        )
     if given.init_from is not None:
         config["init_from"] = given.init_from
+    out = files.path(given.out)
     cli.join_processes(given)
-    out = str(pathlib.Path(given.out).absolute())
-    with distributed.exit_alone(), _alone(out):
+    with distributed.exit_alone(), distributed.hold(out):
         run(
             config,
-            out,
+            str(out),
             parts=given.parts,
             splits=given.splits,
             dtype=given.dtype,

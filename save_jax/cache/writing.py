@@ -1,62 +1,158 @@
-"""Writing a cache: resumable, in order, with the space reserved before the work begins."""
+"""Writing a cache: each process its own shards, in any order, resumed where one is missing."""
 
+import collections
+import concurrent.futures
 import dataclasses
-import errno
 import os
-import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from save_jax import cache, sharding
+from save_jax import files, sharding
 from save_jax.batch import Batch
-from save_jax.cache import ARRAYS, Plan, Split
+from save_jax.cache import shards
+from save_jax.cache.plan import ARRAYS, Plan, Split, differences, plans
 from save_jax.errors import UserError
 from save_jax.models import save
 from save_jax.models.save import FEATURES, SAVEConfig
 from save_jax.parameters import Parameters, Structure
 from save_jax.progress import Progress, say
 
-SAVED_EVERY = 5.0  # seconds between notes of how far the arrays are
+_WRITERS = 4  # threads; as many full shards are in memory, of 120 MB each at full size
+_SEEN_WITHIN = 60.0  # seconds until a network file system shows what another host has written
+EMPTY = Batch(*[None] * len(Batch._fields))
 
 
-class _Files:
-    """Fills the arrays of one split, row by row, from where an earlier run stopped.
+class ShardWriter:
+    """Gathers rows of one split's arrays into shards, each written in a thread once it is full.
 
-    Only the first process writes; `directory` must be one that all processes see.
+    It is a context manager, at whose end all that was full is written; after an exception, what had
+    not begun to be written is not. It is of no concern what other processes write.
     """
 
-    def __init__(
-        self, directory: pathlib.Path, wanted: Mapping[str, Plan], dtypes: Mapping[str, str]
-    ):
-        """Reserves the space that the arrays will take.
+    def __init__(self, layouts: Mapping[str, shards.Layout], missing: Mapping[str, Sequence[int]]):
+        """Begins with nothing.
 
         Args:
-            directory: DIR/SPLIT.
+            layouts: the arrays.
+            missing: the numbers of their shards that are not there; rows of others are left out.
+        """
+        self._layouts = layouts
+        self._missing = {(name, number) for name in missing for number in missing[name]}
+        self._open: dict[tuple[str, int], shards.Shard] = {}
+        self._writing: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._threads = concurrent.futures.ThreadPoolExecutor(_WRITERS, "cache-writer")
+
+    def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Takes rows of an array.
+
+        Args:
+            name: of the array.
+            rows: int [n], each once in all calls.
+            values: [n, ...].
+
+        Raises:
+            UserError: there are values that are not finite, or too large for how they are stored;
+                or an earlier shard could not be written.
+            OutageError: the store fails.
+            OSError: the disk fails.
+        """
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{self._layouts[name].directory}: the rows {rows.min()} to {rows.max()} of {name} "
+                f"have values that are not finite as {values.dtype}. If it is for their size, "
+                "--dtype=bfloat16 has room for them (in another --out)."
+            )
+        numbers = rows // self._layouts[name].each
+        for number in map(int, np.unique(numbers)):
+            key = name, number
+            if key not in self._missing:
+                continue
+            if key not in self._open:
+                self._open[key] = shards.Shard(self._layouts[name], number)
+            its = numbers == number
+            self._open[key].fill(rows[its], values[its])
+            if not self._open[key].left:
+                self._write(self._open.pop(key))
+
+    def _write(self, shard: shards.Shard) -> None:
+        while len(self._writing) >= _WRITERS:
+            self._writing.popleft().result()
+        self._writing.append(self._threads.submit(shard.write))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            while self._writing:
+                self._writing.popleft().result()
+            assert not self._open, f"rows are missing of {sorted(self._open)}"
+
+
+def schedule(ranges: Sequence[range], shares: Sequence[int]) -> list[np.ndarray]:
+    """Deals the rows of shards out to processes, in turn, so that each has whole shards.
+
+    Args:
+        ranges: the rows of each shard.
+        shares: how many rows each process takes at a time.
+
+    Returns:
+        For each process int32 [steps, its share], as many steps for all: the rows that it takes at
+        each, in order. -1 fills up.
+    """
+    own = [
+        np.concatenate([np.zeros(0, np.int32), *ranges[process :: len(shares)]]).astype(np.int32)
+        for process in range(len(shares))
+    ]
+    steps = max(-(-len(rows) // share) for rows, share in zip(own, shares, strict=True))
+    dealt = [np.full(steps * share, -1, np.int32) for share in shares]
+    for rows, places in zip(own, dealt, strict=True):
+        places[: len(rows)] = rows
+    return [places.reshape(steps, share) for places, share in zip(dealt, shares, strict=True)]
+
+
+class _Store:
+    """What is there of one split's cache, and what is missing; the same on every process."""
+
+    def __init__(
+        self, directory: files.Path, wanted: Mapping[str, Plan], dtypes: Mapping[str, str]
+    ):
+        """Compares what is there with what is wanted, and notes what will be there.
+
+        Args:
+            directory: DIR/SPLIT, which all processes see.
             wanted: the arrays.
             dtypes: how each is stored.
 
         Raises:
             UserError: what is there was made of something else, or the disk is too small.
+            OutageError: the store fails.
         """
         self._directory = directory
-        meta = cache.read_meta(directory) or {"format": cache.FORMAT, "arrays": {}}
-        self._entries = meta["arrays"]
+        self._entries = (shards.read_meta(directory) or {"arrays": {}})["arrays"]
         lines, new = [], {}
         for name, plan in wanted.items():
+            here = {
+                "dtype": dtypes[name],
+                "rows_per_shard": shards.CAPTIONS if ARRAYS[name] == "captions" else shards.CLIPS,
+            }
             entry = self._entries.get(name)
             if entry is None:
-                new[name] = {**dataclasses.asdict(plan), "dtype": dtypes[name], "done": 0}
+                new[name] = {**dataclasses.asdict(plan), **here, "checksums": None}
                 continue
-            lines += cache.differences(name, entry, plan)
-            if entry["dtype"] != dtypes[name]:
-                lines.append(f"  {name}: stored as {entry['dtype']} there, {dtypes[name]} here")
+            lines += differences(name, entry, plan)
+            lines += [
+                f"  {name}: {words} {entry[key]} there, {here[key]} here"
+                for key, words in (("dtype", "stored as"), ("rows_per_shard", "rows per shard"))
+                if entry[key] != here[key]
+            ]
         if lines:
             raise UserError(
                 f"{directory} holds a cache of something else (there: the cache, here: this "
@@ -64,100 +160,91 @@ class _Files:
                 + "\n".join(lines)
                 + "\nChoose another --out, or remove that directory."
             )
-        if jax.process_index() == 0:
-            self._reserve(new)
         self._entries |= new
-        self._arrays: dict[str, np.memmap] = {}
-        if jax.process_index() == 0:
-            cache.save_meta(directory, self._meta())
-            self._arrays = {k: cache.map_file(directory, k, self._entries[k], "r+") for k in wanted}
-        self._wanted, self._saved = list(wanted), time.monotonic()
-
-    def _meta(self) -> dict[str, Any]:
-        return {"format": cache.FORMAT, "arrays": self._entries}
-
-    def _reserve(self, new: Mapping[str, Mapping[str, Any]]) -> None:
-        sizes = {
-            name: int(np.prod(entry["shape"])) * jnp.dtype(entry["dtype"]).itemsize
-            for name, entry in new.items()
+        self.layouts = {
+            name: shards.Layout.of(directory, name, self._entries[name]) for name in wanted
         }
+        self.missing = self._agree_on_missing()
+
+    def _agree_on_missing(self) -> dict[str, list[int]]:
+        """Returns the missing shards by array: those that the first process finds missing."""
+        flags = {name: np.zeros(layout.count, bool) for name, layout in self.layouts.items()}
+        if jax.process_index() == 0:
+            sizes = files.sizes(self._directory)
+            for name, layout in self.layouts.items():
+                flags[name][layout.missing(sizes)] = True
+            self._check_room({name: np.flatnonzero(flags[name]).tolist() for name in flags})
+            shards.save_meta(self._directory, self._entries)
+        flags = multihost_utils.broadcast_one_to_all(flags)
+        return {name: np.flatnonzero(missing).tolist() for name, missing in flags.items()}
+
+    def _check_room(self, missing: Mapping[str, Sequence[int]]) -> None:
+        """Raises UserError where the missing shards do not fit on the disk; says what they take."""
+        sizes = {
+            name: sum(map(self.layouts[name].size, numbers))
+            for name, numbers in missing.items()
+            if numbers
+        }
+        if not sizes:
+            return
+        total = shards.bytes_in_words(sum(sizes.values()))
+        listed = ", ".join(f"{name} {shards.bytes_in_words(n)}" for name, n in sizes.items())
+        if files.is_remote(self._directory):
+            say(f"{self._directory} will take {total} ({listed})")
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._directory).free
-        if sizes:
-            listed = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items())
-            say(
-                f"{self._directory} will take {_bytes(sum(sizes.values()))} ({listed}); "
-                f"{_bytes(free)} are free there"
-            )
+        room = shards.bytes_in_words(free)
+        say(f"{self._directory} will take {total} ({listed}); {room} are free there")
         if sum(sizes.values()) > free:
             raise UserError(
-                f"{self._directory}: expected {_bytes(sum(sizes.values()))} of free space, found "
-                f"{_bytes(free)}. Choose another --out, or fewer --parts."
+                f"{self._directory}: expected {total} of free space, found {room}. Choose another "
+                "--out, or fewer --parts."
             )
-        for name, entry in new.items():
-            self._create(name, entry)
 
-    def _create(self, name: str, entry: Mapping[str, Any]) -> None:
-        path = self._directory / f"{name}.npy"
-        np.lib.format.open_memmap(
-            path, "w+", cache.on_disk(jnp.dtype(entry["dtype"])), tuple(entry["shape"])
-        )
-        size = path.stat().st_size
-        try:
-            # A full disk must show here: later, a write to mapped memory would end the process.
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                return  # a file system that cannot reserve
-            path.unlink()
-            raise UserError(f"{path}: no room for {_bytes(size)}: {error.strerror}") from error
+    def unfinished(self, *, captions: bool) -> tuple[list[str], list[range]]:
+        """Returns the arrays of captions, or of clips, that lack shards, and these shards' rows."""
+        lacking = {
+            name: {numbers.start: numbers for numbers in map(self.layouts[name].rows, missing)}
+            for name, missing in self.missing.items()
+            if (ARRAYS[name] == "captions") == captions and missing
+        }
+        ranges = {start: rows for found in lacking.values() for start, rows in found.items()}
+        return list(lacking), [ranges[start] for start in sorted(ranges)]
 
-    def done(self, names: Sequence[str]) -> int:
-        """Returns how many rows all of these arrays have; the same on every process."""
-        least = min((self._entries[name]["done"] for name in names), default=0)
-        return int(multihost_utils.broadcast_one_to_all(np.int32(least)))
+    def _absent(self) -> list[files.Path]:
+        sizes = files.sizes(self._directory)
+        return [x.path(n) for x in self.layouts.values() for n in x.missing(sizes)]
 
-    def unfinished(self, part: Callable[[str], bool]) -> list[str]:
-        """Returns the arrays of some parts that lack rows; the same on every process."""
-        names = [name for name in self._wanted if part(ARRAYS[name])]
-        return [name for name in names if self.done([name]) < self._entries[name]["shape"][0]]
-
-    def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        """Writes rows of an array; until `save`, they do not count.
+    def complete(self) -> None:
+        """Notes that all is there, once all processes have written what they had to.
 
         Raises:
-            UserError: there are values that are not finite, or too large for how they are stored.
+            UserError: a shard is not there.
         """
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"{self._directory}: the rows {rows.min()} to {rows.max()} of {name} have values "
-                f"that are not finite as {values.dtype}. If it is for their size, "
-                "--dtype=bfloat16 has room for them (in another --out)."
-            )
-        if self._arrays:
-            self._arrays[name][rows] = values.astype(self._arrays[name].dtype)
-
-    def save(self, names: Sequence[str], done: int, *, last: bool = False) -> None:
-        """Notes that arrays have their first `done` rows, if the last note is some time ago."""
-        if not self._arrays or not (last or time.monotonic() - self._saved > SAVED_EVERY):
+        multihost_utils.sync_global_devices("the shards of a cache are written")
+        if jax.process_index():
             return
-        for name in names:
-            self._arrays[name].flush()
-            # An array that was ahead of the others stays so.
-            self._entries[name]["done"] = max(self._entries[name]["done"], done)
-        cache.save_meta(self._directory, self._meta())
-        self._saved = time.monotonic()
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+        until = time.monotonic() + _SEEN_WITHIN
+        while absent := self._absent():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{absent[0]}: expected the shard that a process of this job wrote, found none."
+                    " --out must be a directory that all processes see, or in a bucket."
+                )
+            time.sleep(1)
+        with shards.threads() as threads:
+            for name, layout in self.layouts.items():
+                wanted = [(layout, number) for number in range(layout.count)]
+                sums = shards.read_sums(wanted, threads)
+                self._entries[name]["checksums"] = [shards.sum_of_sums(found) for found in sums]
+        shards.save_meta(self._directory, self._entries)
 
 
 def write(
     directory: str | os.PathLike,
     split: Split,
-    batches: Callable[[int], Iterator[Batch]],
+    batches: Callable[[np.ndarray], Iterator[Batch]],
     *,
     model: SAVEConfig,
     structure: Structure,
@@ -167,12 +254,16 @@ def write(
     mesh: jax.sharding.Mesh,
     batch_size: int,
 ) -> None:
-    """Writes the cache of a split, or resumes an incomplete one.
+    """Writes the cache of a split, or what an incomplete one lacks.
+
+    Every process computes and writes shards of its own. A shard does not depend on which process
+    writes it, nor on what was there before.
 
     Args:
-        directory: the cache, DIR.
+        directory: the cache, DIR, on a disk that all processes see or in a bucket.
         split: what to cache.
-        batches: (first batch) -> all clips from there, in order, with the inputs of the parts.
+        batches: (int32 [steps, rows], the clips of each batch, -1 to fill up) -> this process's
+            batches of them, with the inputs of the parts.
         model, structure, params: the model.
         parts: of PARTS.
         dtype: how AST's states are stored. They are nearly all of a cache; the rest decides
@@ -183,57 +274,63 @@ def write(
 
     Raises:
         UserError: what is there is of something else, or the disk is too small.
+        OutageError: the store fails.
     """
-    wanted = cache.plans(split, model, params, parts, mesh)
+    wanted = plans(split, model, params, parts, mesh)
     dtypes = {name: "float32" for name in wanted} | {"frame_mask": "bool"}
     dtypes |= {name: model.dtype for name in wanted if name in FEATURES}
     dtypes |= {"ast_states": dtype}
-    where = pathlib.Path(directory) / split.name
-    files = _Files(where, wanted, dtypes)
-    everywhere = sharding.replicated(mesh)  # so that the first process has all rows
+    where = files.path(directory) / split.name
+    store = _Store(where, wanted, dtypes)
+    shares = [
+        len(sharding.process_rows(mesh, batch_size, process))
+        for process in range(jax.process_count())
+    ]
 
-    names = files.unfinished(lambda part: part != "captions")
-    first = files.done(names) // batch_size
-    if names:
+    def caption_batches(index: np.ndarray) -> Iterator[Batch]:
+        for rows in index:
+            yield EMPTY._replace(caption_ids=split.caption_ids[np.maximum(rows, 0)], index=rows)
 
-        def encode(params: Parameters, batch: Batch) -> dict[str, jax.Array]:
-            net = save.merge(structure, params)
-            given = {name: getattr(batch, name) for name in names if name not in FEATURES}
-            with sharding.on_mesh(mesh):
-                given |= net.features(batch, [name for name in names if name in FEATURES])
-            given |= {name: given[name].astype(dtypes[name]) for name in given}
-            return given | {"index": batch.index}
+    def encode(names: Sequence[str], params: Parameters, batch: Batch) -> dict[str, jax.Array]:
+        net = save.merge(structure, params)
+        with sharding.on_mesh(mesh):
+            made = net.features(batch, names)
+        made = {name: values.astype(dtypes[name]) for name, values in made.items()}
+        return made | {"index": batch.index}
 
-        jitted = jax.jit(encode, out_shardings=everywhere)
-        progress = Progress(f"caching {split.name}: clips", split.clips - first * batch_size)
-        done = first * batch_size
-        for _, batch in sharding.prefetch(batches(first), mesh):
-            rows = jax.tree.map(np.asarray, jitted(params, batch))
+    def fill(names: Sequence[str], ranges: Sequence[range], batches: Callable, noun: str) -> None:
+        features = [name for name in names if name in FEATURES]
+        encoded = jax.jit(
+            lambda params, batch: encode(features, params, batch),
+            out_shardings=sharding.batch_sharding(mesh),
+        )
+        progress = Progress(f"caching {split.name}: {noun}", sum(map(len, ranges)))
+        dealt = schedule(ranges, shares)
+
+        def settle(step: int, host: Batch, made: dict[str, jax.Array]) -> None:
+            rows = {name: sharding.host_rows(values) for name, values in made.items()}
             index = rows.pop("index")
+            # What no encoder makes is as it was read.
+            rows |= {name: getattr(host, name) for name in names if name not in FEATURES}
             real = index >= 0
             for name, values in rows.items():
-                files.put(name, index[real], values[real])
-            done += int(real.sum())
-            files.save(names, done)
-            progress.advance(int(real.sum()))
-        files.save(names, done, last=True)
+                writer.put(name, index[real], values[real])
+            progress.advance(sum(int((index[step] >= 0).sum()) for index in dealt))
+
+        with ShardWriter(store.layouts, store.missing) as writer:
+            behind: collections.deque[tuple[int, Batch, dict[str, jax.Array]]] = collections.deque()
+            mine = batches(dealt[jax.process_index()])
+            for step, (host, batch) in enumerate(sharding.prefetch(mine, mesh)):
+                behind.append((step, host, encoded(params, batch)))
+                if len(behind) > 1:  # the devices compute the next one meanwhile
+                    settle(*behind.popleft())
+            while behind:
+                settle(*behind.popleft())
         progress.close()
 
-    names = files.unfinished(lambda part: part == "captions")
-    if names:
-        encode_text = jax.jit(
-            lambda params, ids: save.merge(structure, params).encode_text(ids),
-            out_shardings=everywhere,
-        )
-        done, total = files.done(names), len(split.caption_ids)
-        progress = Progress(f"caching {split.name}: captions", total - done)
-        while done < total:
-            ids = split.caption_ids[done : done + batch_size]
-            values = np.asarray(encode_text(params, sharding.put_rows(ids, batch_size, mesh)))
-            files.put(names[0], np.arange(done, done + len(ids)), values[: len(ids)])
-            done += len(ids)
-            files.save(names, done)
-            progress.advance(len(ids))
-        files.save(names, done, last=True)
-        progress.close()
+    for captions, source, noun in ((False, batches, "clips"), (True, caption_batches, "captions")):
+        names, ranges = store.unfinished(captions=captions)
+        if names:
+            fill(names, ranges, source, noun)
+    store.complete()
     say(f"{where}: complete ({', '.join(wanted)})")

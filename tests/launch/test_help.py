@@ -15,6 +15,7 @@ COMMANDS = {
     "launch.benchmark input": "launch.benchmark.__main__",
     "launch.benchmark train": "launch.benchmark.__main__",
     "launch.benchmark cache": "launch.benchmark.__main__",
+    "launch.benchmark storage": "launch.benchmark.__main__",
 }
 
 

@@ -1,18 +1,23 @@
 """A tiny experiment with frozen encoders, on the miniature MSR-VTT: for tests/test_cache.py.
 
-As a program, `python -m tests.support.caching DATA OUT SAVES` writes a cache of it and kills itself
-with SIGKILL when it is about to note, for the SAVES-th time, how far it has come.
+As a program, `python -m tests.support.caching DATA OUT SHARDS SIGNAL` writes a cache of it, in
+shards of few rows, and sends itself a signal when SHARDS are written, and the next one half.
 """
 
+import functools
 import os
 import pathlib
 import signal
 import sys
 from typing import Any
 
+import numpy as np
+
 from configs import demo
+from save_jax import files
 from save_jax.cache import __main__ as command
-from save_jax.cache import writing
+from save_jax.cache import shards, writing
+from save_jax.errors import exit_codes
 
 # The demo's config with these is the experiment, from Python and from the command line.
 CHANGES = {
@@ -51,20 +56,37 @@ def config(data: pathlib.Path, **changes: Any) -> dict[str, Any]:
     return found.to_dict()
 
 
-def main(data: str, out: str, saves: str) -> None:
-    save, left = writing._Files.save, int(saves)
-    writing.SAVED_EVERY = -1.0
+def arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """What a split's cache holds, read without its code."""
+    return {
+        folder.name: np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
+        for folder in directory.iterdir()
+        if folder.is_dir()
+    }
 
-    def dying(*arguments, **options) -> None:
+
+def main(data: str, out: str, written: str, name: str = "SIGKILL") -> int:
+    shards.CLIPS, shards.CAPTIONS = 2, 16
+    writing._WRITERS = 1  # one after the other
+    write, left = files.write, int(written)
+
+    def dying(path: files.Path, content: Any, **options: Any) -> None:
         nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(*arguments, **options)
+        if path.suffix == ".npy":
+            left -= 1
+        if left == -1:
+            with files.appearing(path) as temporary:
+                temporary.write_bytes(content[: len(content) // 2])
+                os.kill(os.getpid(), signal.Signals[name])
+                temporary.write_bytes(content)
+            return
+        write(path, content, **options)
 
-    writing._Files.save = dying
-    command.run(config(pathlib.Path(data), eval_batch_size=2), out, dtype="float32")
+    files.write = dying
+    values = config(pathlib.Path(data), eval_batch_size=2)
+    run = functools.partial(command.run, values, out, dtype="float32")
+    return exit_codes(lambda: run() or 0)()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -3,7 +3,8 @@
 As a program, `python -m tests.support.device_orders ORDER MODULE ARGUMENTS …` is `python -m MODULE
 ARGUMENTS …` on a mesh in that order. JAX lays a mesh along the links of a TPU slice, and leaves
 CPUs as they are given. The orders: "interleaved", one device of each process in turn, as JAX orders
-a v4 2x2x2; "reversed"; "random" and "random-N", which are shuffled.
+a v4 2x2x2; "reversed"; "random" and "random-N", which are shuffled. A cache has shards of few rows,
+so that each process writes some.
 """
 
 import random
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from save_jax import sharding
+from save_jax.cache import shards
 
 _make_mesh = sharding.make_mesh
 
@@ -46,5 +48,6 @@ def use(order: str) -> None:
 
 if __name__ == "__main__":
     use(sys.argv[1])
+    shards.CLIPS, shards.CAPTIONS = 2, 16
     del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
