@@ -7,13 +7,14 @@ memory. "cold" is from the disk, "warm" from the system's memory. The two ways t
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ from save_jax.errors import UserError
 from save_jax.models.ast import ASTConfig
 
 NAME = "ast_states"
+COLUMNS = {
+    "gigabytes_per_second": "GB/s",
+    "processor_seconds_per_gigabyte": "processor seconds per GB",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +130,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     size, rng = ASTConfig(), np.random.default_rng(0)
     shape = (options.rows, size.patches + 1, size.width)
     values = rng.standard_normal(shape, np.float32).astype(np.float16)
-    speeds: dict[str, dict[str, list[float]]] = {name: {} for name in WAYS}
+    speeds: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in WAYS}
     for turn in range(options.turns):
         with tempfile.TemporaryDirectory(prefix="save_jax-benchmark-", dir=options.out) as folder:
             order = np.random.default_rng(turn).permutation(options.rows)
@@ -134,44 +139,45 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     way, pathlib.Path(folder) / name, values, order, options.batch
                 ).items():
                     speeds[name].setdefault(what, []).append(speed)
-    gigabytes = {
-        name: {what: statistics.median(found) for what, found in its.items()}
-        for name, its in speeds.items()
-    }
-    print(f"{'GB/s':<12}" + "".join(f"{what:>14}" for what in next(iter(gigabytes.values()))))
-    for name, its in gigabytes.items():
-        print(f"{name:<12}" + "".join(f"{speed:>14.2f}" for speed in its.values()))
-    result = {
-        "bytes": values.nbytes,
-        "rows": options.rows,
-        "batch": options.batch,
-        "gigabytes_per_second": gigabytes,
-    }
+    result: dict[str, Any] = {"bytes": values.nbytes, "rows": options.rows, "batch": options.batch}
+    for which, (key, title) in enumerate(COLUMNS.items()):
+        result[key] = {
+            name: {what: statistics.median(x[which] for x in found) for what, found in its.items()}
+            for name, its in speeds.items()
+        }
+        print(f"{title:<26}" + "".join(f"{what:>12}" for what in speeds["shards"]))
+        for name, its in result[key].items():
+            print(f"{name:<26}" + "".join(f"{value:>12.2f}" for value in its.values()))
     print(json.dumps(result))
     return result
 
 
 def measure(
     way: _Way, directory: pathlib.Path, values: np.ndarray, order: np.ndarray, batch: int
-) -> dict[str, float]:
-    """Returns the speeds of one way, in GB/s: of writing, and of reading all rows in an order."""
+) -> dict[str, tuple[float, float]]:
+    """Writes, and reads all rows in an order; returns GB/s and processor seconds per GB of each."""
     found = {}
 
-    def note(what: str, started: float) -> None:
-        found[what] = values.nbytes / 1e9 / (time.monotonic() - started)
+    @contextlib.contextmanager
+    def timed(what: str) -> Generator[None, None, None]:
+        started, busy = time.monotonic(), time.process_time()
+        yield
+        gigabytes = values.nbytes / 1e9
+        found[what] = (
+            gigabytes / (time.monotonic() - started),
+            (time.process_time() - busy) / gigabytes,
+        )
 
-    started = time.monotonic()
-    way.write(directory, values, batch)
-    note("write", started)
+    with timed("write"):
+        way.write(directory, values, batch)
     for path in directory.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for what in ("read_cold", "read_warm"):
         read = way.open(directory)
-        started = time.monotonic()
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            got = read(rows)
-            assert got[0].tobytes() == values[rows[0]].tobytes()
-        note(what, started)
+        with timed(what):
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
+                got = read(rows)
+                assert got[0].tobytes() == values[rows[0]].tobytes()
     return found

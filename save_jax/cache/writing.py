@@ -257,7 +257,7 @@ def write(
     """Writes the cache of a split, or what an incomplete one lacks.
 
     Every process computes and writes shards of its own. A shard does not depend on which process
-    writes it, nor on what was there before.
+    writes it, nor on what was there before; to the last bit, where a device computes as many rows.
 
     Args:
         directory: the cache, DIR, on a disk that all processes see or in a bucket.

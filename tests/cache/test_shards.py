@@ -245,6 +245,26 @@ def test_a_store_that_fails_ends_the_writer(where, monkeypatch):
         missing(where)
 
 
+@pytest.mark.parametrize("where", ["bucket"], indirect=True)
+@pytest.mark.parametrize(("code", "kind"), [(503, OutageError), (403, UserError)])
+def test_a_store_that_fails_is_not_taken_for_an_empty_one(where, monkeypatch, code, kind):
+    """Else a run would compute all, or a writer begin anew."""
+    shards.save_meta(where, {})
+    assert reading.has_split("gs://bucket/cache", "train")
+    assert not reading.has_split("gs://bucket/cache", "test")
+    assert shards.read_meta(where) == {"format": shards.FORMAT, "arrays": {}}
+
+    def fail(*arguments, **options):
+        raise HttpError(code)
+
+    monkeypatch.setattr(object_store.ObjectStore, "_open", fail)
+    monkeypatch.setattr(object_store.ObjectStore, "exists", fail)
+    with pytest.raises(kind, match=rf"meta\.json cannot be reached .*HTTP {code}"):
+        shards.read_meta(where)
+    with pytest.raises(kind, match=f"gs://bucket/cache.* cannot be reached .*HTTP {code}"):
+        reading.has_split("gs://bucket/cache", "train")
+
+
 def test_a_full_disk_is_named_and_what_is_written_stays(tmp_path, monkeypatch):
     real = files.write
 
