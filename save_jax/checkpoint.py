@@ -7,6 +7,7 @@ complete, so an interrupted write is never restored.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 from collections.abc import Generator, Mapping
@@ -18,7 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.typing import ArrayLike
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers as policies
 
 from save_jax import files
 from save_jax.errors import OutageError, UserError, is_outage
@@ -88,7 +89,8 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike):
         self.workdir = files.path(workdir)
         self._directory = self.workdir / DIRECTORY
-        policies = checkpoint_managers
+        check = functools.partial(files.check, self._directory)
+        check()  # what others have begun to write is removed there
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -103,6 +105,7 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=check),  # before commit
             ),
         )
 
@@ -112,6 +115,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
         """Starts writing; returns once the arrays are copied, so the caller may donate them."""
+        files.check(self._directory)
         with _writing(self._directory):
             self._manager.save(
                 step,

@@ -94,23 +94,35 @@ def join(
 
 
 @contextlib.contextmanager
-def hold(workdir: files.Path) -> Generator[None, None, None]:
-    """Holds a workdir for this run (`locks.hold`); all processes of the run call it together.
+def hold(directory: files.Path, *, wait: bool = False) -> Generator[None, None, None]:
+    """Holds a directory for this run (`locks.hold`); all processes of the run call it together.
+
+    Process 0 holds it, and alone writes what others read: it commits each checkpoint once all
+    processes have written their shards. So when its host stands still and another run takes the
+    directory over, nothing more appears there, and process 0 ends with code 1 when it goes on. JAX
+    ends the others after HEARTBEAT, before a lock can be taken over; should they stand still too,
+    what they write afterwards are shards of a checkpoint that is never committed. On a disk these
+    are in a folder of their own. In gs:// there is none, and one that the other run commits at the
+    same step may hold unused files of theirs.
+
+    Args:
+        directory: a workdir, or what an evaluation writes in one.
+        wait: wait for another run that holds it.
 
     Raises:
-        UserError: another run holds it; on every process.
+        UserError: another run holds it, without `wait`; on every process.
     """
     with contextlib.ExitStack() as stack:
         refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(locks.hold(workdir))
+                stack.enter_context(locks.hold(directory, wait=wait))
             except Exception as error:  # whatever it is, the others must not wait for this process
                 refusal = error
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
             np.bool_(refusal is not None)
         ):
-            refusal = refusal or UserError(f"{workdir} cannot be used; process 0 says why")
+            refusal = refusal or UserError(f"{directory} cannot be used; process 0 says why")
         if refusal is not None:
             raise refusal
         yield

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from save_jax import files, metrics, ranking, sharding
+from save_jax import distributed, files, metrics, ranking, sharding
 from save_jax.batch import Batch
 from save_jax.checkpoint import BEST_METRIC, DIRECTORY
 from save_jax.messages import counted
@@ -352,6 +352,14 @@ def run_evaluations(
         for name, params in models.items()
     ]
     return results[0]
+
+
+def run_own_evaluations(
+    models: Mapping[str, Parameters], step: int, selection: str, **rest: Any
+) -> dict:
+    """Runs `run_evaluations` for a run that trains, once nobody else evaluates this step."""
+    with distributed.hold(results_at(rest["workdir"], step), wait=True):
+        return run_evaluations(models, step, selection, **rest)
 
 
 def _is_own(result: dict[str, Any], split: str) -> bool:

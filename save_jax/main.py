@@ -73,9 +73,9 @@ def run(
     mesh = sharding.make_mesh(config["mesh"])
     sharding.check_batch_sizes(config, mesh)
 
+    if config["mode"] == "evaluate":  # which a run may be while it trains
+        return _evaluate(config, workdir, mesh, writer, trust_archive)
     with distributed.hold(workdir):
-        if config["mode"] == "evaluate":
-            return _evaluate(config, workdir, mesh, writer, trust_archive)
         return _train(config, workdir, mesh, writer, trust_archive)
 
 
@@ -118,7 +118,7 @@ def _train(
             meter.compiled(train.jit_train_step(step, state)),
             training=training,
             evaluate=functools.partial(
-                evaluate.run_evaluations,
+                evaluate.run_own_evaluations,
                 data=evaluation,
                 evaluator=evaluator,
                 writer=writer,
@@ -160,7 +160,7 @@ def _evaluate(
         splits.use_cache(each, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
-    with progress.writing(workdir, None, writer) as writer:
+    with distributed.hold(where), progress.writing(where, None, writer) as writer:
         evaluate.run_evaluations(
             models,
             step,
