@@ -9,13 +9,16 @@ import time
 
 import pytest
 
-from save_jax import locks, processes
+from save_jax import files, locks, processes
 from save_jax.errors import UserError
+from tests.support import object_store
 
 # Holds argv[1] with short times, in seconds; then runs what argv[2] says.
 HOLDER = """
 import sys, time
 from save_jax import files, locks
+from tests.support import object_store
+object_store.share(sys.argv[3])
 locks._RENEWED, locks._LEASE, locks._SETTLED, locks._FRESH = 0.2, 2.0, 0.4, 0.1
 where = files.path(sys.argv[1])
 with locks.hold(where):
@@ -36,13 +39,20 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def holders():
+def store(tmp_path):
+    """A bucket that processes share."""
+    object_store.share(str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def holders(store):
     """Starts processes that hold a directory; they are killed at the end."""
     started = []
 
     def start(where, then="input()"):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(where), then],
+            [sys.executable, "-c", HOLDER, str(where), then, str(store)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,12 +86,22 @@ def test_a_holder_that_died_on_this_host_is_followed_at_once(tmp_path, holders, 
     first = holders(tmp_path)
     held(first)
     first.kill()
-    while processes.is_alive(locks.read(tmp_path / locks.LOCK)):
-        time.sleep(0.01)  # it is a zombie until it is asked for
     began = time.monotonic()
     with locks.hold(tmp_path):
         assert time.monotonic() - began < 2
     assert not (tmp_path / locks.LOCK).exists()
+
+
+def test_a_holder_that_died_on_this_host_is_followed_at_once_in_a_bucket(holders, monkeypatch):
+    monkeypatch.undo()
+    where = files.path("gs://bucket/run")
+    first = holders(where)
+    held(first)
+    first.kill()
+    began = time.monotonic()
+    with locks.hold(where):
+        assert time.monotonic() - began < 2
+    assert not (where / locks.LOCK).exists()
 
 
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
@@ -110,8 +130,9 @@ def test_a_heartbeat_that_moves_refuses_at_once_and_names_the_holder(tmp_path, h
     assert first.poll() is None
 
 
-def test_a_stopped_holder_is_taken_over_and_writes_no_more(tmp_path, holders):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_stopped_holder_is_taken_over_and_writes_no_more(tmp_path, holders, place):
+    run = files.path("gs://bucket/run" if place == "bucket" else tmp_path / "run")
     first = holders(run, WRITE)
     held(first)
     while not (run / "written").exists():
@@ -119,13 +140,13 @@ def test_a_stopped_holder_is_taken_over_and_writes_no_more(tmp_path, holders):
     first.send_signal(signal.SIGSTOP)
     with locks.hold(run):
         (run / "written").write_text("the successor's")
-        before = sorted(os.listdir(run))
+        before = {path.name for path in run.iterdir()}
         first.send_signal(signal.SIGCONT)
         said = first.communicate(timeout=30)[1]
         assert first.returncode == 1, said
         assert f"run was taken over by process {os.getpid()} on" in said
         assert (run / "written").read_text() == "the successor's"
-        assert set(os.listdir(run)) <= set(before)
+        assert {path.name for path in run.iterdir()} <= before
     assert not (run / locks.LOCK).exists()
 
 
@@ -173,6 +194,37 @@ def test_what_an_earlier_version_has_left_is_named_and_taken_over(tmp_path, caps
     (tmp_path / locks.LOCK).write_text("process 7 on pod-0, since 2020-01-01 00:00:00")
     with locks.hold(tmp_path):
         assert "of process 7 on pod-0, since 2020-01-01 00:00:00, which" in capsys.readouterr().out
+
+
+COMMIT = """
+import pathlib, sys
+import jax.numpy as jnp
+from save_jax import checkpoint, files, locks
+workdir, calls = pathlib.Path(sys.argv[1]), []
+
+def taken(where):
+    calls.append(where)
+    if len(calls) == 3:  # to begin, to save, to commit
+        (workdir / ".lock").write_text('{"id": "y", "holder": "process 8 on pod-1"}')
+
+locks._FRESH, locks._RENEWED = -1.0, 60.0
+files.guards.insert(0, taken)
+with locks.hold(workdir):
+    checkpoints = checkpoint.Checkpoints(workdir)
+    tree = {"a": jnp.ones(3)}
+    checkpoints.save(checkpoint.TrainState(jnp.int32(1), tree, {}, (), None, {}), 1, None)
+    checkpoints.wait()
+    print("committed")
+"""
+
+
+def test_a_checkpoint_is_not_committed_to_what_is_anothers(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMIT, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert f"error: {tmp_path} was taken over by process 8 on pod-1" in done.stderr
+    assert not (tmp_path / "checkpoints" / "1").exists()
 
 
 def test_times_are_such_that_no_two_write(monkeypatch):
