@@ -6,6 +6,7 @@ complete, so an interrupted write is never restored.
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -88,11 +89,14 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, kept: retention.Retention | None = None):
         self.workdir = files.path(workdir)
         self._directory = self.workdir / DIRECTORY
+        check = functools.partial(files.check, self._directory)
+        check()  # what others have begun to write is removed there
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept or retention.Retention(self.workdir),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=check),  # before commit
             ),
         )
 
@@ -110,6 +114,7 @@ class Checkpoints:
             step: the checkpoint's name.
             metrics: what is known of it already, for its retention (`results.value`).
         """
+        files.check(self._directory)
         with checkpoint_errors.writing(self._directory):
             self._manager.save(
                 step,

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import configs
-from save_jax import config_files, distributed
+from save_jax import config_files, distributed, files
 from save_jax.errors import EXIT_CODES, UserError
 
 DEMO = str(pathlib.Path(configs.__file__).parent / "demo.py")
@@ -76,6 +76,17 @@ def define_run(values: flags.FlagValues) -> None:
         "workdir", None, "Where checkpoints, metrics and tables go.", flag_values=values
     )
     define_trust_archive(values)
+
+
+def workdir(values: flags.FlagValues) -> files.Path:
+    """Returns the directory that --workdir names.
+
+    Raises:
+        UserError: it names none, or one that cannot be reached.
+    """
+    if not values.workdir:
+        raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
+    return files.path(values.workdir)
 
 
 def define_trust_archive(values: flags.FlagValues) -> None:

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NoReturn
 
 import jax
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from save_jax import files, locks
 from save_jax.errors import UserError, report
+from save_jax.stopping import Stopped
 
 # Seconds without a sign of life after which a process counts as dead, and all the others stop.
 HEARTBEAT = 30
@@ -94,23 +95,39 @@ def join(
 
 
 @contextlib.contextmanager
-def hold(workdir: files.Path) -> Generator[None, None, None]:
-    """Holds a workdir for this run (`locks.hold`); all processes of the run call it together.
+def hold(
+    directory: files.Path, *, wait: bool = False, heed: Callable[[], None] = lambda: None
+) -> Generator[None, None, None]:
+    """Holds a directory for this run (`locks.hold`); all processes of the run call it together.
+
+    Process 0 holds it, and alone writes what others read: it commits each checkpoint once all
+    processes have written their shards. So when its host stands still and another run takes the
+    directory over, nothing more appears there, and process 0 ends with code 1 when it goes on. JAX
+    ends the others after HEARTBEAT, before a lock can be taken over; should they stand still too,
+    what they write afterwards are shards of a checkpoint that is never committed. On a disk these
+    are in a folder of their own. In gs:// there is none, and one that the other run commits at the
+    same step may hold unused files of theirs.
+
+    Args:
+        directory: a workdir, or what an evaluation writes in one.
+        wait: wait for another run that holds it.
+        heed: called by process 0 while it waits. It may raise Stopped, which then all raise.
 
     Raises:
-        UserError: another run holds it; on every process.
+        UserError: another run holds it, without `wait`; on every process.
     """
     with contextlib.ExitStack() as stack:
         refusal: Exception | None = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(locks.hold(workdir))
+                stack.enter_context(locks.hold(directory, wait=wait, heed=heed))
             except Exception as error:  # whatever it is, the others must not wait for this process
                 refusal = error
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
-            np.bool_(refusal is not None)
-        ):
-            refusal = refusal or UserError(f"{workdir} cannot be used; process 0 says why")
+        refused = np.asarray([refusal is not None, isinstance(refusal, Stopped)])
+        refused, stopped = of_first(refused).tolist()
+        if refused and refusal is None:
+            other = UserError(f"{directory} cannot be used; process 0 says why")
+            refusal = Stopped() if stopped else other
         if refusal is not None:
             raise refusal
         yield

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from types import FrameType
 from typing import ParamSpec
@@ -55,6 +56,10 @@ _NETWORK = (
 )
 
 Arguments = ParamSpec("Arguments")
+
+_HEEDED_WITHIN = 5.0  # seconds in which a signal raises KeyboardInterrupt, or ends the process
+_interrupted: list[int] = []  # the exit code of a command that was
+_heeded: list[int] = []  # signals that have; no Event, which a handler could find locked
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 a mistake in what you gave; 75 interrupted, or a machine's outage: run "
@@ -116,11 +121,26 @@ def exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
             code = report(error)
             if code is None:
                 raise
+            if isinstance(error, KeyboardInterrupt):
+                _interrupted.append(code)
             return code
         finally:
             _silence_unread()
 
     return run
+
+
+def leave_if_interrupted() -> None:
+    """Ends a program that was interrupted at once, as the last thing that is done at its exit.
+
+    Else a thread that still compiles in native code would be waited for, for minutes, or end the
+    program with SIGSEGV while Python takes itself down.
+    """
+    if _interrupted:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or not read
+                stream.flush()
+        os._exit(_interrupted[0])
 
 
 def report(error: BaseException) -> int | None:
@@ -165,16 +185,61 @@ def _interruptible() -> Generator[None, None, None]:
     for number in ours:
         signal.signal(number, _interrupt)
     try:
-        yield
+        with _watched() if ours else contextlib.nullcontext():
+            yield
     finally:
         for number in ours:
             signal.signal(number, usual[number])
+
+
+@contextlib.contextmanager
+def _watched() -> Generator[None, None, None]:
+    """Ends the process with code 75 where a signal comes while its main thread cannot heed it.
+
+    Python's handlers run in the main thread, between its instructions: not while that joins other
+    processes, compiles, or reads a checkpoint, for minutes, in native code. A scheduler would kill
+    the process before.
+    """
+
+    def watch() -> None:
+        while number := os.read(reader, 1)[0]:
+            until = time.monotonic() + _HEEDED_WITHIN
+            while not _heeded and time.monotonic() < until:
+                time.sleep(0.05)
+            if not _heeded and signal.getsignal(number) is _interrupt:
+                message = "what was done is kept, and the same command resumes"
+                os._exit(_end("interrupted", message, os.EX_TEMPFAIL))
+
+    _heeded.clear()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        _heeded.append(0)  # what has come too late
+        os.write(writer, b"\0")  # children that were forked may have the pipe, too: it has no end
+        watcher.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _forget_watcher() -> None:
+    with contextlib.suppress(ValueError):  # it is not in the main thread
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_watcher)  # a child's signals are not its parent's
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # where JAX loses it
         threading.Timer(0.1, signal.raise_signal, [number]).start()
         return
+    _heeded.append(number)
     raise KeyboardInterrupt
 
 

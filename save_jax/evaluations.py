@@ -98,6 +98,8 @@ class Evaluations:
     def evaluate(self, models: Mapping[str, Parameters], job: Job) -> None:
         """Evaluates the parameters of the job's checkpoint, and their average if it has one.
 
+        While another job evaluates it, this waits, and then does not evaluate it again.
+
         Args:
             models: of `averaging.models`.
             job: which checkpoint, on what.
@@ -110,17 +112,22 @@ class Evaluations:
             data, when = self._test, f"{when}, chosen on {self.data.split}"
             if job.step == self.plan.total_steps:
                 when = self.plan.when(job.step)
-        evaluate.run_evaluations(
-            models,
-            job.step,
-            when,
-            data=data,
-            evaluator=self._evaluator,
-            writer=self._writer,
-            workdir=self.workdir,
-            subset=job.subset,
-            heed=self._stop.heed,
-        )
+        where, heed = results.results_at(self.workdir, job.step), self._stop.heed_alone
+        with distributed.hold(where, wait=True, heed=heed):
+            done = jax.process_index() == 0 and self.is_complete(job)
+            if distributed.of_first(np.asarray(done)):
+                return
+            evaluate.run_evaluations(
+                models,
+                job.step,
+                when,
+                data=data,
+                evaluator=self._evaluator,
+                writer=self._writer,
+                workdir=self.workdir,
+                subset=job.subset,
+                heed=self._stop.heed,
+            )
 
     def catch_up(self, load: Load) -> None:
         """Evaluates all that can be evaluated now.

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 # Else epath would open buckets through TensorFlow, where that happens to be installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
@@ -30,6 +30,15 @@ _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _LEFT_AFTER = 24 * 3600
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, it also raises
+
+# Called with the path of what is about to be written: `save_jax.locks` has one.
+guards: list[Callable[[Path], None]] = []
+
+
+def check(where: Path) -> None:
+    """Asks the guards before a path is written to; for what is not written by this module."""
+    for guard in guards:
+        guard(where)
 
 
 def path(where: str | os.PathLike) -> Path:
@@ -155,6 +164,7 @@ def write(where: Path, text: str | bytes | memoryview, *, fsync: bool = True) ->
     """
     content = text.encode() if isinstance(text, str) else text
     if is_remote(where):
+        check(where)
         where.write_bytes(bytes(content))
         return
     with appearing(where, fsync=fsync) as temporary:
@@ -191,11 +201,13 @@ def appearing(where: Path, *, fsync: bool = True) -> Generator[pathlib.Path, Non
     try:
         yield temporary
         if remote:
+            check(where)
             epath.Path(temporary).copy(where, overwrite=True)
             return
         if fsync:
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
+        check(where)
         if temporary.is_dir() and where.is_dir():  # which only an empty one may be renamed to
             os.rename(where, aside)
         try:
@@ -255,6 +267,7 @@ def rename(directory: Path, name: Path) -> None:
     Raises:
         OSError: the system refuses, as it does where there is a directory of that name.
     """
+    check(name)
     os.rename(directory, name)
     _sync_folder_of(name)
 

@@ -28,7 +28,6 @@ from save_jax import (
     files,
     progress,
     recorded,
-    results,
     resume,
     stopping,
     train,
@@ -278,34 +277,20 @@ def follow(
                 if job is None:
                     time.sleep(POLL)
                     continue
-                with _held(workdir, job) as held:
-                    models = _models(workdir, job, read) if held else None
-                    if models is None:
-                        time.sleep(POLL)
-                        continue
-                    if not cached:  # of any checkpoint: what a cache stands for does not train
-                        for params in models.values():
-                            splits.use_cache(params, rates, mesh)
-                        cached = True
-                    evaluations.evaluate(models, job)
-                    del models  # before the next ones are read
+                models = _models(workdir, job, read)
+                if models is None:
+                    time.sleep(POLL)
+                    continue
+                if not cached:  # of any checkpoint: what a cache stands for does not train
+                    for params in models.values():
+                        splits.use_cache(params, rates, mesh)
+                    cached = True
+                evaluations.evaluate(models, job)
+                del models  # before the next ones are read
         except stopping.Stopped:
             name = stop.signal.name if stop.signal else "a signal to another process"
             say(f"{name}: stopped following; the same command goes on")
             return False
-
-
-@contextlib.contextmanager
-def _held(workdir: files.Path, job: Job) -> Generator[bool, None, None]:
-    """Holds evaluation/STEP; gives False where an `evaluate` or another follower has it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(distributed.hold(results.results_at(workdir, job.step)))
-        except UserError as error:
-            say(f"checkpoint {job.step} waits: {error}")
-            yield False
-            return
-        yield True
 
 
 def _models(workdir: files.Path, job: Job, read: Load) -> Mapping[str, Parameters] | None:

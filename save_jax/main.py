@@ -33,7 +33,7 @@ from save_jax import (
 )
 from save_jax import config as configuration
 from save_jax.data import open_splits
-from save_jax.errors import UserError, exit_codes
+from save_jax.errors import exit_codes
 from save_jax.evaluations import Evaluations
 from save_jax.meter import Meter, Plan
 from save_jax.optimizer import ALL_FROZEN
@@ -76,11 +76,12 @@ def run(
         compilation.use_cache(config["compilation_cache"])
         mesh = sharding.make_mesh(config["mesh"])
         sharding.check_batch_sizes(config, mesh)
-        if config["mode"] == "follow":  # beside the trainer, which holds the workdir
+        if config["mode"] == "follow":
             return following.follow(config, workdir, mesh, writer)
+        if config["mode"] == "evaluate":  # which a run may be while it trains
+            return _evaluate(config, workdir, mesh, writer, trust_archive)
         closing.enter_context(distributed.hold(workdir))
-        work = _evaluate if config["mode"] == "evaluate" else _train
-        return work(config, workdir, mesh, writer, trust_archive)
+        return _train(config, workdir, mesh, writer, trust_archive)
 
 
 def _train(
@@ -160,7 +161,7 @@ def _evaluate(
         splits.use_cache(each, ALL_FROZEN, mesh)
 
     # ------------------------------------------------------------------------------- evaluate
-    with splits, progress.writing(workdir, None, writer) as writer:
+    with splits, distributed.hold(where), progress.writing(where, None, writer) as writer:
         evaluate.run_evaluations(
             models,
             step,
@@ -185,9 +186,7 @@ def main(argv: list[str]) -> int:
     """
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS say much that no user needs
     line = cli.parse(argv, __doc__, cli.define_run)
-    if not line.flags.workdir:
-        raise UserError("--workdir=DIR is required: where checkpoints, metrics and tables go")
-    workdir = files.path(line.flags.workdir)
+    workdir = cli.workdir(line.flags)
     cli.join_processes(line.flags)
     with distributed.exit_alone():
         complete = run(

@@ -71,6 +71,7 @@ class Trace:
         if self._writing is None:
             return
         here, self._writing = self._writing, None
+        files.check(self._where)
         jax.profiler.stop_trace()
         if files.is_remote(self._where):
             for file in here.rglob("*"):

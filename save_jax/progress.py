@@ -8,14 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 
 from save_jax import files
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 
 def duration(seconds: float) -> str:
@@ -56,21 +53,47 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def _summary_writer() -> type["SummaryWriter"]:
-    """Imports TensorBoard's writer: late, because evaluation does without it, and without PyTorch.
+class _Events:
+    """TensorBoard's events, which are in their file once they are written.
 
-    Where PyTorch is installed, tensorboardX imports it to accept its tensors: 3 s and 200 MB at
-    the start of each run, for nothing.
+    A `SummaryWriter` would write them from a thread, up to two minutes later: in a workdir that may
+    be another run's by then.
+
+    Args:
+        folder: where the file goes.
+        purge_step: from which step on TensorBoard hides earlier events; None = no step.
     """
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # ty: ignore[invalid-assignment], an import that fails
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None):
+        # Late, because evaluation does without it. And without PyTorch: where that is installed,
+        # tensorboardX imports it to accept its tensors, 3 s and 200 MB at the start of each run.
+        hidden = "torch" not in sys.modules
         if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter
+            sys.modules["torch"] = None  # ty: ignore[invalid-assignment], an import that fails
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.writer import Event, SessionLog
+        finally:
+            if hidden:
+                del sys.modules["torch"]
+        self._event, self._scalar = Event, summary.scalar
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            self._write(purge_step, file_version="brain.Event:2")
+            self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one point per scalar."""
+        for name, value in scalars.items():
+            self._write(step, summary=self._scalar(name, value))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Writer:
@@ -106,22 +129,21 @@ class Writer:
         files.write(self._here / "metrics.jsonl", "".join(kept))
         self._lines = open(self._here / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
         purge_step = None if restored_step is None else restored_step + 1
-        self._events = _summary_writer()(str(self._here), purge_step=purge_step)
+        self._events = _Events(self._here, purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line {"step": …, …} and one TensorBoard point per scalar."""
         if self._lines is None or self._events is None:
             return
+        files.check(self._here / "metrics.jsonl")
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, scalars)
 
     def sync(self) -> None:
         """Copies what is written to the bucket; before a checkpoint, which vouches for it."""
         if self._lines is None or self._events is None or self._remote is None:
             return
-        self._events.flush()
         for file in self._here.iterdir():
             files.write(self._remote / file.name, file.read_bytes())
 
@@ -141,7 +163,7 @@ def writing(
     """Gives the writer of a run's scalars: the one given, which stays open, or the workdir's own.
 
     Args:
-        workdir: the run's directory.
+        workdir: the run's directory, or that of an evaluation's results.
         restored_step: as in `Writer`.
         given: takes the scalars in place of the workdir's files; None = these.
     """

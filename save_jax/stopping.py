@@ -21,9 +21,10 @@ class StopRequest:
     A signal may reach one process only, and not at the same step everywhere. So with every step
     the processes vote, and act upon a vote when they read that step's results.
 
-    It is a context manager: handlers are those of before once it is left. Python sets handlers in
-    the main thread only; in another one (a notebook's, a launcher's) signals stay the caller's, who
-    may call `request`.
+    It is a context manager: handlers are those of before until the first vote, because a process
+    that still compiles its first step has nothing to keep, and once it is left. Python sets
+    handlers in the main thread only; in another one (a notebook's, a launcher's) signals stay the
+    caller's, who may call `request`.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
@@ -31,15 +32,15 @@ class StopRequest:
         self.agreed = False
         self._mesh = mesh
         self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
+        self._waits = False  # to set handlers
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        self._waits = threading.current_thread() is threading.main_thread()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._waits = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -55,6 +56,10 @@ class StopRequest:
 
     def vote(self) -> jax.Array | None:
         """Casts this process's vote at this step, to be counted later; None if it is alone."""
+        if self._waits:
+            self._waits = False
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
         if jax.process_count() == 1:
             return None
         rows = sharding.process_rows(self._mesh, self._mesh.size)  # one for each device
@@ -69,4 +74,9 @@ class StopRequest:
         """Raises Stopped, on all processes at the same call, once one of them was asked to stop."""
         self.count(self.vote())
         if self.agreed:
+            raise Stopped
+
+    def heed_alone(self) -> None:
+        """Raises Stopped if this process was asked to stop; for what one does for all of them."""
+        if self.signal is not None:
             raise Stopped

@@ -322,6 +322,7 @@ def train(
             params = {**state.trained, **state.frozen}
             evaluate(averaging.models(params, state.average), step)
         except Stopped:
+            stop.agreed = True
             return False
         return True
 

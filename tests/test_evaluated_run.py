@@ -158,9 +158,10 @@ def test_another_split_does_not_take_the_place_of_the_runs_own(config, run, caps
     after, metrics = evaluation(run)
     np.testing.assert_array_equal(after, before)
     assert metrics == own
-    other = json.loads((run / "evaluation" / str(STEP) / "train" / "metrics.json").read_text())
+    there = run / "evaluation" / str(STEP) / "train"
+    other = json.loads((there / "metrics.json").read_text())
     assert other["protocol"]["split"] == "train"
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (there / "metrics.jsonl").read_text().splitlines())
     assert "eval/train/t2v/R1" in list(lines)[-1]
 
 

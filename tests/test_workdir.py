@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,44 +33,72 @@ def data(tmp_path_factory):
     return prepared(tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("prepared"))
 
 
-def start(data, workdir, **changes) -> subprocess.Popen:
+def start(data, workdir, program=("-m", "save_jax.main"), **changes) -> subprocess.Popen:
     """Starts training by the command line."""
     changes = caching.CHANGES | {"data.dir": data} | changes
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "save_jax.main", "--config=configs/demo.py", *flags,
-         f"--workdir={workdir}"],
+        [sys.executable, *program, "--config=configs/demo.py", *flags, f"--workdir={workdir}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"XLA_FLAGS": programs.flags()},
-    )  # fmt: skip
+    )
 
 
-def test_the_second_job_on_a_workdir_is_refused(data, tmp_path):
+# Waits 4 seconds for a sign of life of the process that has the workdir.
+IMPATIENT = "import sys; from save_jax import locks, main; locks._LEASE = 4.0; "
+IMPATIENT += "sys.exit(main.main(sys.argv))"
+
+
+def last_checkpoint(workdir) -> int:
+    names = (path.name for path in workdir.glob("checkpoints/*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def wait_for_checkpoint(workdir, after: int, job: subprocess.Popen) -> None:
+    end = time.monotonic() + WITHIN
+    while last_checkpoint(workdir) <= after:
+        assert job.poll() is None and time.monotonic() < end, job.communicate()[0]
+        time.sleep(0.2)
+
+
+def test_one_job_has_a_workdir(data, tmp_path):
+    """A second one is refused; one that stands still is followed, and writes no more."""
     changes = {"steps": 3000, "checkpoint_every": 50, "log_every": 1, "eval_every": 1000}
-    first = start(data, tmp_path / "run", **changes)
+    run = tmp_path / "run"
+    jobs = [first := start(data, run, **changes)]
     try:
-        end = time.monotonic() + WITHIN
-        while not list(tmp_path.glob("run/checkpoints/*/default")):
-            assert first.poll() is None and time.monotonic() < end, first.communicate()[0]
-            time.sleep(0.2)
-        second = start(data, tmp_path / "run", **changes)
+        wait_for_checkpoint(run, 0, first)
+        jobs.append(second := start(data, run, **changes))
         said, _ = second.communicate(timeout=WITHIN)
         still_going = first.poll() is None
-        first.send_signal(15)
+        first.send_signal(signal.SIGSTOP)
+        before = last_checkpoint(run)
+        jobs.append(third := start(data, run, ("-c", IMPATIENT), **changes))
+        wait_for_checkpoint(run, before, third)
+        third.send_signal(signal.SIGTERM)
+        third_said, _ = third.communicate(timeout=WITHIN)
+        found = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        first.send_signal(signal.SIGCONT)
         first_said, _ = first.communicate(timeout=WITHIN)
     finally:
-        first.kill()
+        for job in jobs:
+            job.send_signal(signal.SIGCONT)
+            job.kill()
     assert still_going, "the first job should last longer: more steps"
     assert second.returncode == 2, said
     assert f"is in use by process {first.pid} on " in said and "Traceback" not in said
-    assert first.returncode == os.EX_TEMPFAIL, first_said
-    assert not (tmp_path / "run" / ".lock").exists()
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert third.returncode == os.EX_TEMPFAIL, third_said
+    assert f"life of process {first.pid} on" in third_said and "resuming from" in third_said
+    assert first.returncode == 1, first_said
+    assert f"error: {run} was taken over by" in first_said
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == found
+    assert not (run / ".lock").exists()
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
-    assert (tmp_path / "run" / "checkpoints" / str(len(steps))).is_dir()
+    assert (run / "checkpoints" / str(len(steps))).is_dir()
 
 
 def command(data, workdir, **changes) -> int:

@@ -4,15 +4,13 @@ import contextlib
 import json
 import os
 import pathlib
-import re
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from save_jax import files, locks
+from save_jax import files, locks, processes
 from save_jax.errors import UserError
 from save_jax.progress import duration
 from save_jax.recorded import EXIT_FILE, flatten, without_provenance
@@ -274,22 +272,13 @@ def _unfinished(workdir: epath.Path, problems: list[str]) -> tuple[str, str]:
 
 def _held(workdir: epath.Path) -> tuple[bool | None, str]:
     """Returns whether a process holds a run's directory, None if that is unknown, and which one."""
-    lock = workdir / locks.LOCK  # a run has it from its first write to its end
-    if files.is_remote(workdir):
-        if not lock.exists():
-            return False, ""
-        holder = _object(lock, []).get("holder", "")
-    else:
-        locked = locks.is_locked(lock)
-        if locked or locks.is_locked(workdir / LOCK_FILE):
-            return True, ""
-        try:
-            holder = lock.read_bytes().decode(errors="replace")
-        except FileNotFoundError:
-            return False, ""
-        except OSError:  # no permission
-            holder = ""
-        host = re.search(r" on (\S+), since ", holder)
-        if locked is False and (host is None or host[1] == socket.gethostname()):
-            return False, ""
-    return None, f"{holder}," if holder else "the process that holds it"
+    if not files.is_remote(workdir) and locks.is_locked(workdir / LOCK_FILE):
+        return True, ""
+    # A run has it from its first write to its end.
+    try:
+        found = locks.read(workdir / locks.LOCK)
+    except OSError:  # no permission
+        found = {"holder": "the process that holds it"}
+    if not found:
+        return False, ""
+    return processes.is_alive(found), f"{found.get('holder')},"

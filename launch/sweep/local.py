@@ -203,7 +203,7 @@ class Runner:
                 continue
             del self._running[name]
             self._free.append(child.slot)
-            if self._signals and code in (-signal.SIGTERM, -signal.SIGKILL):
+            if code == -signal.SIGTERM or (self._signals and code == -signal.SIGKILL):
                 code = os.EX_TEMPFAIL  # before it could listen, or while it would not
             runs.write_json(self._directory / name / runs.EXIT_FILE, {"code": code})
             took = duration(time.monotonic() - child.started)

@@ -25,6 +25,11 @@ JOBS_FILE = "jobs.json"  # name of a point -> its job
 MOST_TIMEOUTS = 1000  # times that a point may be requeued
 
 
+def _exit_code(process: subprocess.Popen) -> int:
+    """Returns a point's exit code: 75, too, where SIGTERM came before it could handle that."""
+    return os.EX_TEMPFAIL if process.returncode == -signal.SIGTERM else process.returncode
+
+
 class Point:
     """Runs one point as a task of the array; submitit calls `checkpoint` on it before its end."""
 
@@ -52,7 +57,7 @@ class Point:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         while self._process.poll() is None:  # wait() would not let the handler wait too
             time.sleep(0.5)
-        code = self._process.returncode
+        code = _exit_code(self._process)
         if first:
             runs.write_json(self._workdir / runs.EXIT_FILE, {"code": code})
         if code == os.EX_TEMPFAIL:
@@ -70,7 +75,7 @@ class Point:
             self._process.terminate()
             while self._process.poll() is None:
                 time.sleep(0.5)
-            runs.write_json(self._workdir / runs.EXIT_FILE, {"code": self._process.returncode})
+            runs.write_json(self._workdir / runs.EXIT_FILE, {"code": _exit_code(self._process)})
         return submitit.helpers.DelayedSubmission(Point(self.command, str(self._workdir)))
 
 

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -40,6 +42,24 @@ def register() -> fsspec.AbstractFileSystem:
     ObjectStore.store.clear()
     ObjectStore.pseudo_dirs[:] = [""]
     return fsspec.filesystem("gs")
+
+
+class SharedStore(DirFileSystem):
+    """A store that several processes see: names of gs:// are files below a directory."""
+
+    protocol = ("gs", "gcs")
+    root: ClassVar[str] = ""
+    cachable = False
+
+    def __init__(self, **_: object) -> None:
+        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
+
+
+def share(root: str) -> None:
+    """Opens gs:// by `SharedStore`, in this process."""
+    SharedStore.root = root
+    for name in SharedStore.protocol:
+        fsspec.register_implementation(name, SharedStore, clobber=True)
 
 
 class HttpError(Exception):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -18,7 +19,7 @@ from data_pipelines.modalities import record as records
 from data_pipelines.prepare import main
 from data_pipelines.recipe import version_directory
 from data_pipelines.storage import build, shards, tfds_format
-from save_jax import locks
+from save_jax import locks, processes
 from save_jax.errors import UserError
 from tests.data_pipelines.conftest import SMALL
 from tests.support import preparing
@@ -256,6 +257,6 @@ def test_the_lock_of_a_dead_process_is_taken_over(miniature, tmp_path, whole):
     dead.wait()
     path = tmp_path / f"{WHERE}.lock"
     path.parent.mkdir(parents=True)
-    path.write_text(f"process {dead.pid} on this host, since long ago")
+    path.write_text(json.dumps({"holder": "it", **processes.describe(dead.pid)}))
     preparing.run(str(miniature), str(tmp_path))
     assert contents(tmp_path) == whole

@@ -85,7 +85,9 @@ def test_an_exit_code_does_not_outlive_the_start_that_it_ended(run):
     runs.write_json(run / runs.EXIT_FILE, {"code": 1})
     assert state(run) == "failed"
     recorded.write({}, run)  # as a run does once it has begun
-    (run / locks.LOCK).touch()
+    with locks.hold(run):
+        content = json.loads((run / locks.LOCK).read_text())
+    (run / locks.LOCK).write_text(json.dumps({**content, "started": 0}))  # it was killed
     assert state(run) == "stopped"
 
 

@@ -102,6 +102,12 @@ def test_a_task_runs_its_point_and_says_how_it_ended(tmp_path):
     assert runs.read(tmp_path / "b").state == "failed"
 
 
+def test_a_point_that_sigterm_ends_before_it_listens_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "WARNING", 0)
+    assert slurm.Point(["bash", "-c", "kill -TERM $$"], str(tmp_path))() == os.EX_TEMPFAIL
+    assert json.loads((tmp_path / runs.EXIT_FILE).read_text()) == {"code": os.EX_TEMPFAIL}
+
+
 def test_a_task_that_is_warned_stops_with_a_checkpoint_and_goes_on_from_it(tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_PAUSE", "0.1")
     point = stand_in(tmp_path, "--config.steps=50")
@@ -167,7 +173,10 @@ def test_the_batch_file_dry_run():
     assert said.returncode == 0 and "Exit codes are those of save_jax.main" in said.stdout
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, ""), (1, ""), (2, ""), (75, "requeue 42\n")])
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [(0, ""), (1, ""), (2, ""), (75, "requeue 42\n"), (143, "requeue 42\n"), (137, "")],
+)
 def test_the_batch_file_requeues_what_was_interrupted(fake_program, tmp_path, code, requeued):
     fake_program("srun", f"exit {code}")
     fake_program("scontrol", f'echo "$@" >> {tmp_path}/calls')
