@@ -136,6 +136,7 @@ def test_a_stopped_holder_is_taken_over_and_writes_no_more(tmp_path, holders, pl
     first = holders(run, WRITE)
     held(first)
     while not (run / "written").exists():
+        assert first.poll() is None, first.communicate()
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     with locks.hold(run):

@@ -48,16 +48,16 @@ class SharedStore(DirFileSystem):
     """A store that several processes see: names of gs:// are files below a directory."""
 
     protocol = ("gs", "gcs")
-    root: ClassVar[str] = ""
-    cachable = False
+    path: str = ""  # of all instances, because epath keeps the first one
 
     def __init__(self, **_: object) -> None:
-        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
+        super().__init__(path=self.path, fs=LocalFileSystem(auto_mkdir=True))
+        del self.path  # of this instance
 
 
 def share(root: str) -> None:
     """Opens gs:// by `SharedStore`, in this process."""
-    SharedStore.root = root
+    SharedStore.path = root
     for name in SharedStore.protocol:
         fsspec.register_implementation(name, SharedStore, clobber=True)
 
