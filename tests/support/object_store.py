@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -35,8 +36,14 @@ def glob_without_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _forget() -> None:
+    """Makes epath ask anew which file system opens a name: it keeps the first one."""
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
 def register() -> fsspec.AbstractFileSystem:
     """Opens gs:// and s3:// by it, empty, and returns it."""
+    _forget()
     for name in ObjectStore.protocol:
         fsspec.register_implementation(name, ObjectStore, clobber=True)
     ObjectStore.store.clear()
@@ -48,16 +55,17 @@ class SharedStore(DirFileSystem):
     """A store that several processes see: names of gs:// are files below a directory."""
 
     protocol = ("gs", "gcs")
-    path: str = ""  # of all instances, because epath keeps the first one
+    root: ClassVar[str] = ""
+    cachable = False
 
     def __init__(self, **_: object) -> None:
-        super().__init__(path=self.path, fs=LocalFileSystem(auto_mkdir=True))
-        del self.path  # of this instance
+        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
 
 
 def share(root: str) -> None:
     """Opens gs:// by `SharedStore`, in this process."""
-    SharedStore.path = root
+    SharedStore.root = root
+    _forget()
     for name in SharedStore.protocol:
         fsspec.register_implementation(name, SharedStore, clobber=True)
 
