@@ -194,6 +194,7 @@ def appearing(where: Path, *, fsync: bool = True) -> Generator[pathlib.Path, Non
     folder = pathlib.Path(tempfile.gettempdir()) if remote else pathlib.Path(where).parent
     temporary = folder / f".{where.name}.{uuid.uuid4().hex}.tmp"
     aside = folder / f".{where.name}.replaced"
+    check(where)
     if not remote:
         _remove_old_leftovers(folder)
         _finish_replacing(where, aside)

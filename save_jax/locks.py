@@ -27,7 +27,7 @@ LOCK = ".lock"  # in a directory that one process at a time may write to
 _RENEWED, _LEASE = 3.0, 45.0
 # Who takes a lock over writes nothing else for _SETTLED seconds; who holds one writes nothing when
 # it has not looked at it for _FRESH seconds. So of two that take it at once, one notices.
-_SETTLED, _FRESH = 1.5, 0.5
+_SETTLED, _FRESH = 1.0, 0.3
 # Seconds after which a lock is another writer's: `is_locked` of a reader takes it for an instant.
 _INSTANT = 0.3
 _ATTEMPTS = 100  # to make a directory and its lock, while others remove theirs
@@ -184,7 +184,7 @@ class _Lease:
                     f"waiting {until or 'for '}{holder}, which holds {self.directory}", flush=True
                 )
                 said = True
-            time.sleep(_RENEWED / 4)
+            time.sleep(_RENEWED / 10)
             heed()
             before, found = found, read(self._path)
             if found == before:

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -35,8 +36,14 @@ def glob_without_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _forget() -> None:
+    """Makes epath ask anew which file system opens a name: it keeps the first one."""
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
 def register() -> fsspec.AbstractFileSystem:
     """Opens gs:// and s3:// by it, empty, and returns it."""
+    _forget()
     for name in ObjectStore.protocol:
         fsspec.register_implementation(name, ObjectStore, clobber=True)
     ObjectStore.store.clear()
@@ -58,6 +65,7 @@ class SharedStore(DirFileSystem):
 def share(root: str) -> None:
     """Opens gs:// by `SharedStore`, in this process."""
     SharedStore.root = root
+    _forget()
     for name in SharedStore.protocol:
         fsspec.register_implementation(name, SharedStore, clobber=True)
 
