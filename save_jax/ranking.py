@@ -243,7 +243,7 @@ class Ranker:
         )
         found = [nothing] * len(rows)
         v2t = np.zeros(gallery, np.int32)
-        progress = Progress("ranking captions", total * len(starts))
+        progress = Progress("ranking, captions × videos", total * gallery)
         for first in starts:
             tile = videos_from(first)
             side = _Videos(
@@ -256,7 +256,7 @@ class Ranker:
                     keep(rows[k], first, self._replicate(scores))
                 found[k], beaten = self._count(scores, sides[k], side, found[k], beaten)
                 jax.block_until_ready(found[k - 1])  # else tiles would pile up on the device
-                progress.advance(len(rows[k]))
+                progress.advance(len(rows[k]) * min(width, gallery - first))
             v2t[first : first + width] = np.asarray(self._replicate(beaten.rank))[: gallery - first]
         progress.close()
         return _collect(found, order, own, np.where(captioned, v2t, -1).astype(np.int32))

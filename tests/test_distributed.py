@@ -148,7 +148,12 @@ def test_a_dead_process_ends_the_job_and_the_restart_goes_on(tmp_path, uninterru
 @pytest.mark.parametrize(
     ("moment", "code", "message"),
     [
-        ("error", 1, "ValueError: the connection of two peers: coordinates that are unavailable"),
+        pytest.param(
+            "error",
+            1,
+            "ValueError: the connection of two peers: coordinates that are unavailable",
+            marks=pytest.mark.soak,
+        ),
         ("mistake", 2, "error: /data/a: no such file on this host"),
     ],
 )

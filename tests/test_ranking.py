@@ -1,13 +1,14 @@
 """Ranks counted tile by tile equal those of the whole matrix (spec section 9)."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from save_jax import metrics, ranking, similarity
+from save_jax import metrics, progress, ranking, similarity
 from tests.support.training import mesh_of
 
 CAPTIONS, VIDEOS = 21, 13
@@ -51,6 +52,19 @@ def check(found: ranking.Ranks, matrix: np.ndarray, target: np.ndarray) -> None:
     best = np.argsort(-matrix, axis=1, kind="stable")[:, : ranking.BEST]
     np.testing.assert_array_equal(found.best, best)
     np.testing.assert_array_equal(found.best_scores, np.take_along_axis(matrix, best, axis=1))
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_progress_counts_pairs_and_ends_at_all_of_them(monkeypatch, tiles):
+    said = []
+    monkeypatch.setattr(progress.Progress, "EVERY", -1.0)
+    monkeypatch.setattr(progress, "say", said.append)
+    text, video = np.ones((CAPTIONS, 3), np.float32), {"vectors": np.ones((VIDEOS, 3), np.float32)}
+    integers(tiles).rank(np.float32(1), text, video, np.arange(CAPTIONS) % VIDEOS)
+    *between, end = said
+    counts = [int(re.search(r"captions × videos: (\d+)/273, ", line)[1]) for line in between]
+    assert counts == sorted(set(counts)) and counts[-1] == 273
+    assert end.startswith("  ranking, captions × videos: 273 in ")
 
 
 @pytest.mark.parametrize("tiles", TILES)

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from save_jax import optimizer, train
+from save_jax import optimizer, sharding, train
 from save_jax.checkpoint import Checkpoints, load_parameters
 from save_jax.errors import NonFiniteLossError
 from save_jax.objectives import LossConfig
 from save_jax.optimizer import OptimizerConfig
 from tests.support import synthetic
-from tests.support.training import FIVE, RATES, VISION, mesh_of, program, run
+from tests.support.training import BATCH, FIVE, RATES, VISION, mesh_of, program, run
 
 
 def lines(workdir) -> list[dict]:
@@ -65,10 +65,11 @@ def assert_close(a, b):
 
 
 def test_step_does_not_depend_on_batch_order():
-    _, state, step, _ = program(RATES, 1)
-    batch = synthetic.clips()
-    shuffled = synthetic.rows(batch, np.random.default_rng(0).permutation(synthetic.CLIPS))
-    (a, one), (b, other) = (step(state, x) for x in (batch, shuffled))
+    mesh, state, step, _ = program(RATES, 1)
+    batch = synthetic.clips(0, BATCH)
+    shuffled = synthetic.rows(batch, np.random.default_rng(0).permutation(BATCH))
+    assert list(shuffled.index) != list(batch.index)
+    (a, one), (b, other) = (step(state, sharding.put_batch(x, mesh)) for x in (batch, shuffled))
     assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
     assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-4)
     assert a.step == b.step == 1
@@ -104,9 +105,10 @@ def test_frozen_parameters_do_not_move_and_others_do(straight):
 
 
 def test_logit_scale_never_exceeds_ln_100():
-    _, state, step, _ = program(RATES, 1)
-    state = state._replace(trained={**state.trained, "clip.logit_scale": np.float32(9.0)})
-    state, _ = step(state, synthetic.clips())
+    mesh, state, step, _ = program(RATES, 1)
+    scale = jax.device_put(np.float32(9.0), state.trained["clip.logit_scale"].sharding)
+    state = state._replace(trained={**state.trained, "clip.logit_scale": scale})
+    state, _ = step(state, sharding.put_batch(synthetic.clips(0, BATCH), mesh))
     assert float(state.trained["clip.logit_scale"]) == pytest.approx(math.log(100))
 
 

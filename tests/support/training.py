@@ -18,7 +18,16 @@ import sys
 
 import jax
 
-from save_jax import checkpoint, distributed, evaluate, retention, sharding, stopping, train
+from save_jax import (
+    checkpoint,
+    distributed,
+    evaluate,
+    optimizer,
+    retention,
+    sharding,
+    stopping,
+    train,
+)
 from save_jax.checkpoint import Checkpoints
 from save_jax.errors import UserError
 from save_jax.evaluations import Evaluations
@@ -41,9 +50,21 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
     return sharding.make_mesh({"data": -1}, jax.devices()[:devices])
 
 
-@functools.cache
 def program(rates: OptimizerConfig, devices: int, model: SAVEConfig = synthetic.MODEL):
-    """What one mesh, one set of rates and one model compile to; every test of them shares it."""
+    """Returns a mesh, a fresh state on it, and the compiled step and evaluator for them.
+
+    Rates and schedule are the state's: what trains, the mesh and the model decide what is compiled,
+    and every test of them shares it.
+    """
+    trains = {group: float(bool(rates.rate(group))) for group in optimizer.GROUPS}
+    same = dataclasses.replace(rates, **trains, weight_decay=0.0, total_steps=1)
+    mesh, state, step, evaluator = _program(same, devices, model)
+    numbers = train.place_hyperparameters(rates, mesh)
+    return mesh, state._replace(hyperparameters=numbers), step, evaluator
+
+
+@functools.cache
+def _program(rates: OptimizerConfig, devices: int, model: SAVEConfig):
     mesh = mesh_of(devices)
     graphdef, state = train.create_state(model, rates, 0, mesh)
     loss = LossConfig(soft_albef_weight=float(bool(model.sound_weight)))
