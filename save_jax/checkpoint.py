@@ -1,15 +1,16 @@
 """Checkpoints: written asynchronously by orbax, kept by retention, read by name and shape.
 
-A checkpoint is self-contained: the step, all parameters (frozen ones too) and the optimiser's
-state, each under its flat name. A directory appears under its final name only once it is
-complete, so an interrupted write is never restored.
+A checkpoint holds the step, the trained parameters and the optimiser's state, each under its flat
+name, and the digest of the frozen parameters, which the run has once (`save_jax.frozen`); those of
+earlier versions hold these too. A directory appears under its final name only once it is complete,
+so an interrupted write is never restored.
 """
 
 import contextlib
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +20,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.typing import ArrayLike
 
-from save_jax import checkpoint_errors, files, results, retention
+from save_jax import checkpoint_errors, files, frozen, results, retention
 from save_jax.errors import UserError
 from save_jax.optimizer import Hyperparameters
 from save_jax.parameters import Parameters
 
 DIRECTORY = results.CHECKPOINTS  # within a workdir
-COMMITTED = "commit_success.txt"  # orbax's name for what is written last, in gs://
+COMMITTED = frozen.COMMITTED
 PARAMETERS, AVERAGE = "parameters", "ema"  # parts of a checkpoint
-SHOWN = 5  # names shown of a long list
+FROZEN = "frozen"  # in a checkpoint: {digest of its frozen parameters: the step}
 
 
 class TrainState(NamedTuple):
@@ -50,12 +51,14 @@ class TrainState(NamedTuple):
     average: Parameters
 
 
-def _to_tree(state: TrainState) -> dict[str, Any]:
+def _to_tree(state: TrainState, digest: str) -> dict[str, Any]:
+    """Returns what a checkpoint holds; with a digest, that of frozen parameters, without them."""
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     return {
         **({AVERAGE: state.average} if state.average else {}),
         "step": state.step,
-        "parameters": {**state.trained, **state.frozen},
+        "parameters": state.trained if digest else {**state.trained, **state.frozen},
+        **({FROZEN: {digest: state.step}} if digest else {}),
         "optimizer": {
             jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
         },
@@ -89,6 +92,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, kept: retention.Retention | None = None):
         self.workdir = files.path(workdir)
         self._directory = self.workdir / DIRECTORY
+        self._digest = ""  # of the frozen parameters, which stay the same
         check = functools.partial(files.check, self._directory)
         check()  # what others have begun to write is removed there
         self._manager = ocp.CheckpointManager(
@@ -115,10 +119,14 @@ class Checkpoints:
             metrics: what is known of it already, for its retention (`results.value`).
         """
         files.check(self._directory)
+        with checkpoint_errors.writing(self.workdir):
+            # First: a checkpoint is none without them.
+            if state.frozen:
+                self._digest = frozen.write(self.workdir, state.frozen, self._digest)
         with checkpoint_errors.writing(self._directory):
             self._manager.save(
                 step,
-                args=ocp.args.StandardSave(_to_tree(state)),
+                args=ocp.args.StandardSave(_to_tree(state, self._digest)),
                 metrics=None if metrics is None else dict(metrics),
                 force=True,
             )
@@ -130,14 +138,20 @@ class Checkpoints:
             UserError: it holds another architecture, or cannot be read.
         """
         where = self._directory / str(step)
-        check_shapes(_metadata(where)["parameters"], {**like.trained, **like.frozen}, str(where))
+        found = _metadata(where)
+        stored = _stored(where, found)
+        checkpoint_errors.check_shapes(_joined(stored), {**like.trained, **like.frozen}, str(where))
         abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _to_tree(like)
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+            _to_tree(like, _digest(found)),
         )
         try:
-            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            tree: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise checkpoint_errors.unreadable(where, error) from error
+        for beside in list(stored)[1:]:
+            tree[PARAMETERS] |= _restore_frozen(beside, like.frozen, stored[beside])
+            self._digest = beside.name
         return _from_tree(tree, like)
 
     def wait(self) -> None:
@@ -160,11 +174,12 @@ def is_ours(path: str | os.PathLike) -> bool:
     )
 
 
-def abstract(params: Parameters) -> Parameters:
-    """Returns shapes, dtypes and shardings of parameters, to read others of their kind."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
+def abstract(params: Parameters, names: Iterable[str] | None = None) -> Parameters:
+    """Returns shapes, dtypes and shardings of parameters, or some, to read others of their kind."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in ((name, params[name]) for name in (params if names is None else names))
+    }
 
 
 def complete_steps(workdir: files.Path) -> list[int]:
@@ -242,29 +257,28 @@ def _metadata(checkpoint: files.Path) -> Mapping[str, Any]:
             ) from error
 
 
-def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Raises UserError naming what is missing, unexpected or misshapen in a checkpoint."""
-    problems = {
-        "missing": sorted(set(expected) - set(found)),
-        "unexpected": sorted(set(found) - set(expected)),
-        "misshapen": [
-            f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in sorted(set(found) & set(expected))
-            if tuple(found[name].shape) != tuple(expected[name].shape)
-        ],
-    }
-    if any(problems.values()):
-        lines = [
-            f"  {len(names)} {kind}: {', '.join(names[:SHOWN])}"
-            + (", …" if len(names) > SHOWN else "")
-            for kind, names in problems.items()
-            if names
-        ]
-        raise UserError(
-            f"{where} is a checkpoint of another architecture:\n"
-            + "\n".join(lines)
-            + "\nUse the config that made it (its workdir's config.json)."
-        )
+def _digest(metadata: Mapping[str, Any]) -> str:
+    """Returns the digest of the frozen parameters that a checkpoint needs; "" for none."""
+    return next(iter(metadata.get(FROZEN, {})), "")
+
+
+def _stored(
+    checkpoint: files.Path, metadata: Mapping[str, Any]
+) -> dict[files.Path, Mapping[str, Any]]:
+    """Returns which parameters lie where: in the checkpoint and, perhaps, in its run's directory.
+
+    Raises:
+        UserError: the frozen ones are not there.
+    """
+    stored = {checkpoint: metadata.get(PARAMETERS, {})}
+    if digest := _digest(metadata):
+        beside = frozen.find(checkpoint, digest)
+        stored[beside] = _metadata(beside)[PARAMETERS]
+    return stored
+
+
+def _joined(stored: Mapping[files.Path, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for held in stored.values() for name, value in held.items()}
 
 
 def load_parameters(
@@ -281,16 +295,21 @@ def load_parameters(
         UserError: no checkpoint there, one of another architecture, or a damaged one.
     """
     checkpoint = find(path)
-    check_shapes(_metadata(checkpoint)[part], like, str(checkpoint))
-    wanted = {
-        "step": jax.ShapeDtypeStruct((), "int32"),
-        part: {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in like.items()
-        },
-    }
-    tree = _restore(checkpoint, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    metadata = _metadata(checkpoint)
+    stored = _stored(checkpoint, metadata) if part == PARAMETERS else {checkpoint: metadata[part]}
+    checkpoint_errors.check_shapes(_joined(stored), like, str(checkpoint))
+    step, found = 0, Parameters()
+    for where, names in stored.items():
+        if where != checkpoint:
+            found |= _restore_frozen(where, like, names)
+            continue
+        wanted: dict[str, Any] = {part: abstract(like, names)} if names else {}
+        wanted["step"] = jax.ShapeDtypeStruct((), "int32")
+        tree = _restore_placed(where, wanted)
+        step = int(tree["step"])
+        found |= tree.get(part, {})
     logging.info("read %s", checkpoint)
-    return int(tree["step"]), tree[part]
+    return step, {name: found[name] for name in like}
 
 
 def parameter_shapes(
@@ -305,7 +324,9 @@ def parameter_shapes(
     Raises:
         UserError: no complete checkpoint there.
     """
-    found = _metadata(find(path)).get(part, {})
+    checkpoint = find(path)
+    found = _metadata(checkpoint)
+    found = _joined(_stored(checkpoint, found)) if part == PARAMETERS else found.get(part, {})
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in found.items()}
 
 
@@ -322,9 +343,30 @@ def read_parameters(
         UserError: no checkpoint there, or its arrays are damaged.
     """
     checkpoint = find(path)
-    wanted = {"parameters": dict(like)}
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    return _restore(checkpoint, wanted, restore_args)["parameters"]
+    found: dict[str, np.ndarray] = {}
+    for where, names in _stored(checkpoint, _metadata(checkpoint)).items():
+        wanted = {PARAMETERS: {name: like[name] for name in names if name in like}}
+        if wanted[PARAMETERS]:
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            found |= _restore(where, wanted, restore_args)[PARAMETERS]
+    return found
+
+
+def _restore_placed(checkpoint: files.Path, wanted: Mapping[str, Any]) -> Any:
+    """Restores the wanted arrays of a checkpoint, each where the abstract one is."""
+    return _restore(checkpoint, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+
+
+def _restore_frozen(beside: files.Path, like: Parameters, names: Iterable[str]) -> Parameters:
+    """Restores a run's frozen parameters, each where the abstract one is.
+
+    Raises:
+        UserError: they cannot be read, or are not those that the directory's name stands for.
+    """
+    found = _restore_placed(beside, {PARAMETERS: abstract(like, names)})[PARAMETERS]
+    if frozen.digest(found) != beside.name:
+        raise checkpoint_errors.unreadable(beside, ValueError("its arrays have another digest"))
+    return found
 
 
 def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: Any) -> Any:

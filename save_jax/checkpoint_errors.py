@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from typing import Any
 
 from save_jax import files
 from save_jax.errors import OutageError, UserError, is_outage
+from save_jax.frozen import DIRECTORY as FROZEN
 
+SHOWN = 5  # names shown of a long list
 # How TensorStore says that a disk is full, and that a store fails: its statuses, as text.
 _FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")
 _FAILING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Input/output error")
@@ -37,9 +40,12 @@ def unreadable(checkpoint: files.Path, error: Exception) -> UserError | OutageEr
             "its network or a store, not of the checkpoint: when it works again, the same command "
             "resumes."
         )
+    what_to_do = "Remove a damaged one to resume from the one before."
+    if checkpoint.parent.name == FROZEN:  # all checkpoints of the run need it
+        what_to_do = "Put it back from a copy of the run: all its checkpoints need it."
     return UserError(
         f"{checkpoint} cannot be read: it is damaged, or this user may not read it: "
-        f"{short(error)}. Remove a damaged one to resume from the one before."
+        f"{short(error)}. {what_to_do}"
     )
 
 
@@ -67,3 +73,28 @@ def writing(directory: files.Path) -> Generator[None, None, None]:
                 "same command again to resume."
             ) from error
         raise
+
+
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming what is missing, unexpected or misshapen in a checkpoint."""
+    problems = {
+        "missing": sorted(set(expected) - set(found)),
+        "unexpected": sorted(set(found) - set(expected)),
+        "misshapen": [
+            f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in sorted(set(found) & set(expected))
+            if tuple(found[name].shape) != tuple(expected[name].shape)
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"  {len(names)} {kind}: {', '.join(names[:SHOWN])}"
+            + (", …" if len(names) > SHOWN else "")
+            for kind, names in problems.items()
+            if names
+        ]
+        raise UserError(
+            f"{where} is a checkpoint of another architecture:\n"
+            + "\n".join(lines)
+            + "\nUse the config that made it (its workdir's config.json)."
+        )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from save_jax import checkpoint, train
+from save_jax import checkpoint, frozen, sharding, train
 from save_jax.errors import OutageError, UserError
 from tests.support import object_store, synthetic
 from tests.support.training import RATES, mesh_of, program
@@ -49,6 +49,119 @@ def test_parameters_come_back_as_they_were(workdir):
         np.testing.assert_array_equal(loaded[name], value + 1)
     for name, value in state.frozen.items():
         np.testing.assert_array_equal(loaded[name], value)
+
+
+def size(folder) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_frozen_parameters_are_written_once_a_run(workdir):
+    state = program(RATES, 1)[1]
+    assert state.frozen
+    (held,) = (workdir / "frozen").iterdir()
+    frozen_bytes = sum(value.nbytes for value in state.frozen.values())
+    assert size(held) > frozen_bytes / 2
+    for step in ("3", "7"):
+        listed = checkpoint._metadata(workdir / "checkpoints" / step)
+        assert set(listed["parameters"]) == set(state.trained)
+        assert set(listed["frozen"]) == {held.name}
+
+
+def test_a_checkpoint_without_its_frozen_part_is_refused(workdir, tmp_path):
+    state = program(RATES, 1)[1]
+    (held,) = (workdir / "frozen").iterdir()
+    shutil.copytree(workdir / "checkpoints" / "3", tmp_path / "copies" / "3")
+    wanted = rf"3 lacks its frozen parameters.*expected {tmp_path}/frozen/{held.name}, or"
+    for read in (checkpoint.load_parameters, checkpoint.read_parameters):
+        with pytest.raises(UserError, match=wanted):
+            read(tmp_path / "copies" / "3", everything(state))
+    with pytest.raises(UserError, match=wanted):
+        checkpoint.parameter_shapes(tmp_path / "copies" / "3")
+    shutil.copytree(held, tmp_path / "copies" / "frozen" / held.name)
+    loaded = checkpoint.load_parameters(tmp_path / "copies" / "3", everything(state))[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, everything(state))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_resumed(tmp_path):
+    """It holds all parameters; the next one of the run does not."""
+    state = program(RATES, 1)[1]
+    old = checkpoint.Checkpoints(tmp_path)
+    old._manager.save(2, args=checkpoint.ocp.args.StandardSave(checkpoint._to_tree(state, "")))
+    old.wait()
+    assert not (tmp_path / "frozen").exists()
+    restored = old.restore(2, state)
+    old.save(restored, 4)
+    old.wait()
+    again = old.restore(4, state)
+    old.close()
+    for found in (restored, again):
+        jax.tree.map(np.testing.assert_array_equal, everything(found), everything(state))
+        jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
+    loaded = checkpoint.load_parameters(tmp_path / "checkpoints" / "2", everything(state))[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, everything(state))
+
+
+def test_frozen_parameters_half_written_are_written_anew(workdir, tmp_path):
+    state = program(RATES, 1)[1]
+    name = frozen.digest(state.frozen)
+    left = tmp_path / "frozen" / name / "default.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "d").write_bytes(b"half")
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, 1)
+    checkpoints.wait()
+    checkpoints.close()
+    assert not left.exists()
+    loaded = checkpoint.load_parameters(tmp_path, everything(state))[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, everything(state))
+
+
+def test_frozen_parameters_that_were_changed_are_refused(workdir, tmp_path):
+    """All of them are sound arrays, of another run: no reader of files would notice."""
+    state = program(RATES, 1)[1]
+    shutil.copytree(workdir, tmp_path / "run")
+    (held,) = (tmp_path / "run" / "frozen").iterdir()
+    other = jax.tree.map(lambda x: x + 1, state.frozen)
+    name = frozen.write(tmp_path / "other", other)
+    shutil.rmtree(held)
+    shutil.copytree(tmp_path / "other" / "frozen" / name, held)
+    wanted = rf"{held} cannot be read.*another digest.*Put it back from a copy of the run"
+    with pytest.raises(UserError, match=wanted):
+        checkpoint.load_parameters(tmp_path / "run", everything(state))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+    with pytest.raises(UserError, match=wanted):
+        checkpoints.restore(7, state)
+    checkpoints.close()
+
+
+def test_the_digest_is_that_of_names_values_and_places_on_every_mesh():
+    rng = np.random.default_rng(0)
+    values = {"a": rng.normal(size=(256, 128)), "b": rng.normal(size=(8,))}
+    values = {name: value.astype(np.float32) for name, value in values.items()}
+
+    def digest(values, axes, devices):
+        mesh = sharding.make_mesh(axes, jax.devices()[:devices])
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in values.items()}
+        places = sharding.tree_shardings(shapes, (), mesh)
+        return frozen.digest(
+            {name: sharding.global_array(value, places[name]) for name, value in values.items()}
+        )
+
+    one = digest(values, {"data": 1}, 1)
+    assert digest(values, {"data": 2, "fsdp": 4}, 8) == one
+    assert digest({"b": values["b"], "a": values["a"]}, {"data": 2}, 2) == one
+    swapped = values["a"].copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    nudged = values["a"].copy()
+    nudged[7, 7] = np.nextafter(nudged[7, 7], np.float32(9))
+    for other in (
+        {**values, "a": swapped},
+        {**values, "a": nudged},
+        {**values, "a": values["a"].reshape(128, 256)},
+        {"a": values["a"], "c": values["b"]},
+        {**values, "b": -values["b"]},
+    ):
+        assert digest(other, {"data": 1}, 1) != one
 
 
 def test_no_checkpoint_is_said_with_what_was_looked_for(tmp_path):

@@ -52,7 +52,8 @@ def _parser() -> ArgumentParser:
     imports.add_argument(
         "source",
         nargs="+",
-        help="path, or OWNER/NAME on the Hugging Face Hub; clip=… or ast=… takes one part",
+        help="path (gs://, s3:// too), or OWNER/NAME on the Hugging Face Hub; clip=… or ast=… "
+        "takes one part",
     )
     imports.add_argument("--config", help="config file of the model that the sources must fit")
     imports.add_argument("--clip", help=f"CLIP that they must fit: {', '.join(clip.VARIANTS)}")
@@ -107,6 +108,10 @@ def _appearing_at_once(out: pathlib.Path) -> Generator[pathlib.Path, None, None]
 
 def _check_free(out: pathlib.Path, overwrite: bool) -> None:
     """Raises UserError where writing would destroy what was not asked to be destroyed."""
+    if out.parts[:1] in (("gs:",), ("s3:",)):  # else it would be a folder of that name here
+        raise UserError(
+            f"--out={out}: expected a path on a disk; copy the result to the bucket from there"
+        )
     empty = out.is_dir() and not any(out.iterdir())
     if not out.exists() or empty:
         return

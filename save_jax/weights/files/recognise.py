@@ -15,7 +15,7 @@ import numpy as np
 
 from save_jax import checkpoint, files, hub_ids, recorded
 from save_jax.errors import UserError
-from save_jax.weights.files import hub, pytorch, safetensors, torchscript
+from save_jax.weights.files import bucket, hub, pytorch, safetensors, torchscript
 from save_jax.weights.files.tensor import Tensor, Tensors
 from save_jax.weights.names import ast, clip, save
 from save_jax.weights.table import Row, State, Table, listing
@@ -93,13 +93,21 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
     """Recognises a path or hub id.
 
     Args:
-        where: a file, a directory, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
+        where: a file or a directory, on a disk or in a bucket, or OWNER/NAME or
+            OWNER/NAME@REVISION on the Hugging Face Hub.
         trust_archive: read a TorchScript archive that is none of OpenAI's.
 
     Raises:
         UserError: it is absent, damaged, or nothing that the project can read.
+        OutageError: the network or a bucket fails.
     """
-    path = pathlib.Path(where).expanduser()
+    if files.is_remote(where):
+        if checkpoint.is_ours(where):
+            tensors, names = _read_checkpoint(checkpoint.find(where))
+            return Source(where, recognise(tensors, where), tensors, names)
+        path = bucket.fetch(where)
+    else:
+        path = pathlib.Path(where).expanduser()
     if not path.exists():
         if hub.is_id(where):
             path = hub.download(where)
@@ -108,6 +116,17 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
                 f"{where} does not exist: expected a file or directory with weights, or a model "
                 f"of the Hugging Face Hub as {hub_ids.FORM}"
             )
+    try:
+        tensors, names = _read(path, trust_archive)
+    except UserError as error:
+        if files.is_remote(where):  # the copy's name says nothing
+            raise UserError(str(error).replace(str(path), where)) from error
+        raise
+    return Source(where, recognise(tensors, where), tensors, names)
+
+
+def _read(path: pathlib.Path, trust_archive: bool) -> tuple[Tensors, Mapping[str, str]]:
+    """Reads a file or a directory on a disk; returns tensors and `Source.names`."""
     names: Mapping[str, str] = {}
     if path.is_file():
         tensors = read_file(path, trust_archive)
@@ -122,7 +141,7 @@ def open_source(where: str, *, trust_archive: bool = False) -> Source:
             f"{checkpoint.DIRECTORY}/STEP/, or one of {', '.join(hub.WEIGHTS)}; found "
             + (listing(found) or "nothing")
         )
-    return Source(where, recognise(tensors, where), tensors, names)
+    return tensors, names
 
 
 def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
@@ -141,7 +160,7 @@ def recorded_config(where: str) -> tuple[str, dict[str, Any] | None] | None:
     if checkpoint.is_ours(where):
         path = checkpoint.workdir_of(where) / recorded.RECORDED
         return str(path), recorded.read(path) if path.exists() else None
-    file = pathlib.Path(where).expanduser()
+    file = bucket.fetch(where) if files.is_remote(where) else pathlib.Path(where).expanduser()
     if not file.exists() and hub.is_id(where):
         file = hub.download(where)
     if file.is_dir():
