@@ -141,12 +141,21 @@ def final_parameters(workdir, model: str) -> dict[str, np.ndarray]:
     return params
 
 
-@pytest.mark.parametrize("moment", ["step", "write", "evaluation"])
-def test_a_killed_run_goes_on_bit_identically(tmp_path, uninterrupted, moment):
+# Each comes to its moment from where the one before has left off.
+KILLS = ("write", "evaluation", "step")
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [KILLS, *(pytest.param((moment,), marks=pytest.mark.soak) for moment in KILLS)],
+    ids="+".join,
+)
+def test_a_killed_run_goes_on_bit_identically(tmp_path, uninterrupted, moments):
     model, expected = uninterrupted
-    assert process(tmp_path, moment, model) == -signal.SIGKILL
-    if moment == "write":
-        assert list((tmp_path / "checkpoints").glob("*tmp*")), "killed too late: nothing is open"
+    for moment in moments:
+        assert process(tmp_path, moment, model) == -signal.SIGKILL
+        if moment == "write":
+            assert list((tmp_path / "checkpoints").glob("*tmp*")), "killed too late: nothing open"
     assert process(tmp_path, "never", model) == 0
     assert_identical(expected, final_parameters(tmp_path, model))
     assert [x["step"] for x in lines(tmp_path) if "loss" in x] == list(range(1, 13))
