@@ -149,7 +149,12 @@ def test_what_a_cache_holds(cached):
 
 
 @pytest.mark.parametrize(
-    "parts", [None, pytest.param(["ast"], marks=pytest.mark.soak), ["frames", "captions"]]
+    "parts",
+    [
+        None,
+        pytest.param(["ast"], marks=pytest.mark.soak),
+        pytest.param(["frames", "captions"], marks=pytest.mark.soak),
+    ],
 )
 def test_losses_are_those_of_a_run_that_computes_all(data, cached, computed, tmp_path, parts):
     directory = cached

@@ -63,6 +63,7 @@ def wait_for_checkpoint(workdir, after: int, job: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.soak
 def test_one_job_has_a_workdir(data, tmp_path):
     """A second one is refused; one that stands still is followed, and writes no more."""
     changes = {"steps": 3000, "checkpoint_every": 50, "log_every": 1, "eval_every": 1000}
