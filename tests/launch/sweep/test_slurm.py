@@ -174,14 +174,25 @@ def test_the_batch_file_dry_run():
 
 
 @pytest.mark.parametrize(
-    ("code", "requeued"),
-    [(0, ""), (1, ""), (2, ""), (75, "requeue 42\n"), (143, "requeue 42\n"), (137, "")],
+    ("code", "restarts", "requeued"),
+    [
+        (0, 0, ""),
+        (1, 0, ""),
+        (2, 0, ""),
+        (75, 500, "requeue 42\n"),
+        (143, 0, "requeue 42\n"),
+        (134, 9, "requeue 42\n"),
+        (134, 10, ""),
+        (137, 0, ""),
+    ],
 )
-def test_the_batch_file_requeues_what_was_interrupted(fake_program, tmp_path, code, requeued):
+def test_the_batch_file_requeues_what_was_interrupted(
+    fake_program, tmp_path, code, restarts, requeued
+):
     fake_program("srun", f"exit {code}")
     fake_program("scontrol", f'echo "$@" >> {tmp_path}/calls')
     (tmp_path / "calls").touch()
-    job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1"}
+    job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1", "SLURM_RESTART_COUNT": str(restarts)}
     assert bash(BATCH_FILE, "--config=x", **job).returncode == code
     assert (tmp_path / "calls").read_text() == requeued
 
