@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -73,6 +75,27 @@ def _memory():
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test that is marked `profiler` in a process of its own, where this one has libtpu.
+
+    Its profiler ends a process without a TPU with SIGSEGV, once other tests have compiled with it.
+    """
+    maps = pathlib.Path("/proc/self/maps")
+    if (
+        pyfuncitem.get_closest_marker("profiler") is None
+        or not maps.exists()
+        or "libtpu" not in maps.read_text()
+    ):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 def pytest_collection_modifyitems(items):

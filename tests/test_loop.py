@@ -107,6 +107,7 @@ def steps_in(trace: pathlib.Path) -> set[int]:
     }
 
 
+@pytest.mark.profiler
 def test_the_steps_that_were_asked_for_are_traced(tmp_path, capsys):
     loop(tmp_path, traced=range(3, 6))
     (found,) = traces(tmp_path)
@@ -115,6 +116,7 @@ def test_the_steps_that_were_asked_for_are_traced(tmp_path, capsys):
     assert f"the trace of config.profile is in {tmp_path}/profile/process-0\n" in said
 
 
+@pytest.mark.profiler
 def test_a_trace_ends_with_the_run(tmp_path):
     with pytest.raises(KeyError, match="crash"):
         loop(tmp_path, traced=range(5, STEPS + 1), until=7)
@@ -134,6 +136,7 @@ def test_a_run_that_resumes_after_the_steps_to_trace_says_so(tmp_path, capsys):
     )
 
 
+@pytest.mark.profiler
 def test_a_trace_of_a_run_in_a_bucket_is_copied_there():
     store = object_store.register()
     with Trace(range(2, 4), files.path("gs://bucket/run"), 0) as trace:
