@@ -18,6 +18,7 @@ from launch.compile import command, hlo, roofline
 from launch.compile import program as compile_
 from save_jax import main, sharding, train
 from save_jax.errors import UserError
+from save_jax.meter import Meter
 from tests.support import miniatures, system
 from tests.support.training import mesh_of
 
@@ -81,7 +82,8 @@ def run(config: dict, workdir, monkeypatch) -> dict[str, str]:
         return recording
 
     def training(state, train_step, *, training, evaluate, **_):
-        evaluation, evaluator = (evaluate.keywords[name] for name in ("data", "evaluator"))
+        evaluations = evaluate.__self__._evaluations
+        evaluation, evaluator = evaluations.data, evaluations._evaluator
         _, batch = next(sharding.prefetch(training.batches(0, 1), state.step.sharding.mesh))
         lowered["training step"] = train_step.lower(state, batch).as_text()
         params = {**state.trained, **state.frozen}
@@ -94,6 +96,7 @@ def run(config: dict, workdir, monkeypatch) -> dict[str, str]:
         raise Captured
 
     monkeypatch.setattr(train, "train", training)
+    monkeypatch.setattr(Meter, "compiled", lambda self, step: step)
     precision = jax.config.values["jax_default_matmul_precision"]
     try:
         with pytest.raises(Captured):
