@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import base
+from save_jax.errors import UserError
 
 SPLITS = ("9k", "7k", "7k-1ka")
 
@@ -21,6 +22,11 @@ def get_config(options: str = "9k") -> ConfigDict:
     for option in options.split(","):
         if option in SPLITS:
             config.data.variant = option
-        else:
+        elif option in base.MODELS:
             base.apply_model(config, option)
+        else:
+            raise UserError(
+                f"unknown model {option!r} after the config file's name: expected one of "
+                f"{', '.join(base.MODELS)}, or a split: {', '.join(SPLITS)}"
+            )
     return config

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from save_jax import checkpoint
-from save_jax.checkpoint import AVERAGE
 from save_jax.optimizer import Number
 from save_jax.parameters import Parameters
+from save_jax.train_state import AVERAGE
 
 
 def start(trained: Parameters) -> Parameters:

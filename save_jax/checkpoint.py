@@ -11,73 +11,21 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.typing import ArrayLike
 
 from save_jax import checkpoint_errors, files, frozen, results, retention
 from save_jax.errors import UserError
-from save_jax.optimizer import Hyperparameters
 from save_jax.parameters import Parameters
+from save_jax.train_state import FROZEN, PARAMETERS, TrainState, from_tree, to_tree
 
 DIRECTORY = results.CHECKPOINTS  # within a workdir
 COMMITTED = frozen.COMMITTED
-PARAMETERS, AVERAGE = "parameters", "ema"  # parts of a checkpoint
-FROZEN = "frozen"  # in a checkpoint: {digest of its frozen parameters: the step}
-
-
-class TrainState(NamedTuple):
-    """All that training changes, and what it reads.
-
-    Attributes:
-        step: int32 scalar, updates done.
-        trained, frozen: parameters by name, disjoint.
-        opt_state: of the trained parameters.
-        hyperparameters: the optimiser's numbers; in no checkpoint, because the config has them.
-        average: the moving average of the trained parameters (`save_jax.averaging`); empty
-            without config.ema.
-    """
-
-    step: jax.Array
-    trained: Parameters
-    frozen: Parameters
-    opt_state: optax.OptState
-    hyperparameters: Hyperparameters
-    average: Parameters
-
-
-def _to_tree(state: TrainState, digest: str) -> dict[str, Any]:
-    """Returns what a checkpoint holds; with a digest, that of frozen parameters, without them."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    return {
-        **({AVERAGE: state.average} if state.average else {}),
-        "step": state.step,
-        "parameters": state.trained if digest else {**state.trained, **state.frozen},
-        **({FROZEN: {digest: state.step}} if digest else {}),
-        "optimizer": {
-            jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
-        },
-    }
-
-
-def _from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
-    leaves = jax.tree_util.tree_leaves_with_path(like.opt_state)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return TrainState(
-        step=tree["step"],
-        trained={name: tree["parameters"][name] for name in like.trained},
-        frozen={name: tree["parameters"][name] for name in like.frozen},
-        opt_state=jax.tree.unflatten(
-            jax.tree.structure(like.opt_state), [tree["optimizer"][name] for name in names]
-        ),
-        hyperparameters=like.hyperparameters,
-        average={name: tree[AVERAGE][name] for name in like.average},
-    )
 
 
 class Checkpoints:
@@ -122,11 +70,14 @@ class Checkpoints:
         with checkpoint_errors.writing(self.workdir):
             # First: a checkpoint is none without them.
             if state.frozen:
-                self._digest = frozen.write(self.workdir, state.frozen, self._digest)
+                # Of this start, it is known to be sound once it was read or written.
+                sound = functools.partial(_is_sound, like=state.frozen)
+                known = {} if self._digest else {"is_sound": sound}
+                self._digest = frozen.write(self.workdir, state.frozen, self._digest, **known)
         with checkpoint_errors.writing(self._directory):
             self._manager.save(
                 step,
-                args=ocp.args.StandardSave(_to_tree(state, self._digest)),
+                args=ocp.args.StandardSave(to_tree(state, self._digest)),
                 metrics=None if metrics is None else dict(metrics),
                 force=True,
             )
@@ -143,7 +94,7 @@ class Checkpoints:
         checkpoint_errors.check_shapes(_joined(stored), {**like.trained, **like.frozen}, str(where))
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-            _to_tree(like, _digest(found)),
+            to_tree(like, _digest(found)),
         )
         try:
             tree: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -152,7 +103,7 @@ class Checkpoints:
         for beside in list(stored)[1:]:
             tree[PARAMETERS] |= _restore_frozen(beside, like.frozen, stored[beside])
             self._digest = beside.name
-        return _from_tree(tree, like)
+        return from_tree(tree, like)
 
     def wait(self) -> None:
         """Returns once every started write is complete."""
@@ -367,6 +318,15 @@ def _restore_frozen(beside: files.Path, like: Parameters, names: Iterable[str]) 
     if frozen.digest(found) != beside.name:
         raise checkpoint_errors.unreadable(beside, ValueError("its arrays have another digest"))
     return found
+
+
+def _is_sound(beside: files.Path, like: Parameters) -> bool:
+    """Says whether a run's frozen parameters can be read, and are those of their digest."""
+    try:
+        _restore_frozen(beside, like, like)
+    except UserError:
+        return False
+    return True
 
 
 def _restore(checkpoint: files.Path, wanted: Mapping[str, Any], restore_args: Any) -> Any:

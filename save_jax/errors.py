@@ -33,6 +33,10 @@ _OF_THE_PATH = frozenset(
         errno.EROFS,
     }
 )
+# What the system says of a path that this account may not use so, or that is no directory.
+_REFUSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+)
 # What the system says of a program that misuses it: a fault of ours, whose traceback is wanted.
 _OF_THE_PROGRAM = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH, errno.ENOTTY})
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -163,6 +167,11 @@ def report(error: BaseException) -> int | None:
         return 128 + signal.SIGPIPE if _silence_unread() else None
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         message = f"{error}. Make room there, and run the same command again to resume."
+        return _end("error", message, 2)
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        message = (
+            f"{error.filename}: {error.strerror}. Choose another path, or let this account use it."
+        )
         return _end("error", message, 2)
     ours = isinstance(error, OSError) and error.errno in _OF_THE_PROGRAM
     if ours or not is_outage(error) or isinstance(error, MemoryError):

@@ -21,7 +21,7 @@ from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
 
 ABLATED_UP_TO = 20_000  # videos; each view of them takes as much host memory as the whole model's
-SIMILARITY = "similarity.npy"
+SIMILARITY, METRICS = "similarity.npy", "metrics.json"
 Heed = Callable[[], None]  # called between batches; raises what ends the evaluation
 
 
@@ -51,6 +51,11 @@ class EvaluationSet(NamedTuple):
     video_of_caption: np.ndarray
     groups: Sequence[str]
     settings: Mapping[str, Any] = {}
+
+    @property
+    def digest(self) -> str:
+        """What tells its data from others of the same name; "" where nothing does."""
+        return self.settings.get("data", {}).get("digest", "")
 
 
 class Evaluator:
@@ -223,11 +228,12 @@ def _similarity_file(
         captions, videos: rows and columns.
         entries: the most that are written.
     """
-    path = directory / SIMILARITY
+    path, vouching = directory / SIMILARITY, directory / METRICS
     if captions * videos > entries:
-        if jax.process_index() == 0:
-            path.unlink(missing_ok=True)
         yield None
+        if jax.process_index() == 0:
+            vouching.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     elif jax.process_index():
         yield lambda rows, first, scores: None  # but tiles are gathered by all processes
     else:
@@ -242,6 +248,7 @@ def _similarity_file(
 
             yield keep
             matrix.flush()
+            vouching.unlink(missing_ok=True)  # for what an earlier evaluation has left
 
 
 def write(
@@ -299,6 +306,7 @@ def run_evaluation(
     source: str = "",
     subset: str = "",
     heed: Heed = _go_on,
+    saved: bool = True,
 ) -> dict:
     """Evaluates parameters, writes evaluation/STEP, scalars and the table; returns the metrics.
 
@@ -314,6 +322,7 @@ def run_evaluation(
         subset: names what is evaluated where it is not the run's own evaluation split: results
             then go to evaluation/STEP/SUBSET, and scalars to eval/SUBSET/…
         heed: as in `Evaluator.evaluate`.
+        saved: whether their checkpoint is complete; it may still be on its way, or may be gone.
     """
     directory = results.results_at(workdir, step, subset)
     shape, most = (len(data.captions), len(data.video_ids)), evaluator.matrix_entries
@@ -339,8 +348,8 @@ def run_evaluation(
     writer.sync()  # metrics.json, which comes last, vouches for the scalars
     if jax.process_index() == 0:
         write(directory, data, arrays, result)
-        if not subset and results.is_own(result):
-            steps = {*checkpoint.complete_steps(workdir), step}  # this one may still be written
+        if not subset:
+            steps = {*checkpoint.complete_steps(workdir), *(() if saved else (step,))}
             results.write_best(workdir, steps, data.split)
     say(
         f"\n{data.split}: {counted(len(data.captions), 'caption')}, "

@@ -95,7 +95,7 @@ class Evaluations:
         over = jax.process_index() == 0 and self.is_complete(Job(self.plan.total_steps))
         return bool(distributed.of_first(np.asarray(over)))
 
-    def evaluate(self, models: Mapping[str, Parameters], job: Job) -> None:
+    def evaluate(self, models: Mapping[str, Parameters], job: Job, *, saved: bool = True) -> None:
         """Evaluates the parameters of the job's checkpoint, and their average if it has one.
 
         While another job evaluates it, this waits, and then does not evaluate it again.
@@ -103,6 +103,7 @@ class Evaluations:
         Args:
             models: of `averaging.models`.
             job: which checkpoint, on what.
+            saved: as in `evaluate.run_evaluation`.
 
         Raises:
             Stopped: a signal came before it was done; on all processes.
@@ -127,6 +128,7 @@ class Evaluations:
                 workdir=self.workdir,
                 subset=job.subset,
                 heed=self._stop.heed,
+                saved=saved,
             )
 
     def catch_up(self, load: Load) -> None:
@@ -150,6 +152,8 @@ class Evaluations:
             say("stopped while evaluating; the same command goes on there")
             return False
         if jax.process_index() == 0:
+            steps = checkpoint.complete_steps(self.workdir)
+            results.write_best(self.workdir, steps, self.data.split)
             test = self._test.split if self._test else ""
             results.summarise(self.workdir, self.data.split, test)
         return True

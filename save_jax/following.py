@@ -28,6 +28,7 @@ from save_jax import (
     files,
     progress,
     recorded,
+    results,
     resume,
     stopping,
     train,
@@ -72,6 +73,8 @@ def beating(workdir: files.Path) -> Generator[None, None, None]:
             if ended.wait(BEAT):
                 return
 
+    # At once, and here: where it may not be written, this must not begin.
+    files.write(path, json.dumps({**name, "beat": -1}) + "\n", fsync=False)
     thread = threading.Thread(target=beat, name="follower", daemon=True)
     thread.start()
     try:
@@ -166,7 +169,7 @@ class Trainers:
         if self._watch.is_alive():
             say(f"step {step}: saved, and left to the follower to evaluate")
             return
-        self._evaluations.evaluate(models, Job(step))
+        self._evaluations.evaluate(models, Job(step), saved=False)
 
     def finish(self) -> bool:
         """Evaluates what is left once training is over, and prints the summary.
@@ -215,7 +218,7 @@ def config_of_run(
         time.sleep(POLL)
     # The command is that of the training, with the mode added: weights to begin with mean nothing.
     config = resume.as_trained({**config, "init_from": ""}, workdir, explicit)
-    if other := recorded.subset(config, workdir):
+    if other := results.subset(config, workdir):
         raise UserError(
             f"config.mode = 'follow' evaluates the run in {workdir} on its own evaluation split, "
             f"and the config asks for {other!r}. Leave config.data.eval_split and the data set as "
@@ -242,9 +245,14 @@ def follow(
     Raises:
         UserError: the run has not recorded which checkpoints are due, or cannot be evaluated.
     """
-    plan = Plan.of(config, 1).again(recorded.plan(workdir))
+    plan = Plan.of({**config, "profile": ""}, 1).again(recorded.plan(workdir))
     splits = open_splits(config)
     data, test = splits.evaluation(), splits.test()
+    if other := results.subset(config, workdir, data.digest):
+        raise UserError(
+            f"config.data.dir = {config['data']['dir']!r} has other data than the run in {workdir} "
+            f"was evaluated on ({other}): expected those, by their digest in its config.json"
+        )
     model = configuration.model_config(config)
     rates = configuration.optimizer_config(config, plan.total_steps)
     structure, state = train.abstract_state(model, rates, mesh)

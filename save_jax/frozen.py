@@ -7,6 +7,7 @@ the run has written is used again, and a checkpoint never gets those of another 
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,12 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
-def write(workdir: files.Path, params: Parameters, name: str = "") -> str:
+def write(
+    workdir: files.Path,
+    params: Parameters,
+    name: str = "",
+    is_sound: Callable[[files.Path], bool] = lambda folder: True,
+) -> str:
     """Writes frozen parameters into a run's directory, if they are not there; returns their digest.
 
     All processes call it together. It returns once all is written: a directory has its name only
@@ -73,10 +79,11 @@ def write(workdir: files.Path, params: Parameters, name: str = "") -> str:
         workdir: the run's directory.
         params: as in `digest`.
         name: their digest, where it is known.
+        is_sound: asked of what an earlier start has left under that name; else it is written anew.
     """
     name = name or digest(params)
     folder = workdir / DIRECTORY / name
-    there = is_complete(folder)
+    there = is_complete(folder) and is_sound(folder)
     if jax.process_count() > 1:  # a network's disk may show them different things
         there = bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
     if not there:

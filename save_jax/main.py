@@ -155,7 +155,7 @@ def _evaluate(
 
     # ---------------------------------------------------------------------------------- state
     structure, models, step, source = resume.evaluated_models(config, workdir, mesh, trust_archive)
-    subset = recorded.subset(config, workdir)
+    subset = results.subset(config, workdir, evaluation.digest)
     where = evaluate.announce(evaluation, source, step, workdir, subset)
     for each in models.values():
         splits.use_cache(each, ALL_FROZEN, mesh)

@@ -154,6 +154,7 @@ class Meter:
         def run(*arguments: Any) -> Any:
             nonlocal program
             if program is None:
+                say("compiling the training step")
                 # Constants of the program may be copied, either way, while it is made.
                 with self.paused(), jax.transfer_guard("allow"):
                     traced = step.trace(*arguments)

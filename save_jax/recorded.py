@@ -375,26 +375,3 @@ def protocol(
         **provenance.environment(),
         "warnings": list(warnings),
     }
-
-
-def subset(config: Mapping[str, Any], workdir: files.Path) -> str:
-    """Names what a config evaluates, where that differs from the workdir's own run.
-
-    Returns:
-        "" for the run's own evaluation split, or in a workdir without a run; else the split's name,
-        after those of the data set and variant where these differ too.
-
-    Raises:
-        UserError: the run's config.json cannot be read.
-    """
-    path = workdir / RECORDED
-    if not path.exists():
-        return ""
-    own, data = read(path).get("data", {}), config["data"]
-    same = {key: own.get(key) == data[key] for key in ("dataset", "variant", "eval_split")}
-    if all(same.values()):
-        return ""
-    names = [data["eval_split"]]
-    if not (same["dataset"] and same["variant"]):
-        names = [data["dataset"], data["variant"], *names]
-    return "-".join(filter(None, names))

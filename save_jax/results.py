@@ -7,12 +7,12 @@ follower or an `evaluate`, writes the same.
 
 import contextlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 
-from save_jax import files, metrics
+from save_jax import files, metrics, recorded
 from save_jax.progress import say
 
 CHECKPOINTS = "checkpoints"  # within a workdir
@@ -26,12 +26,38 @@ def results_at(workdir: files.Path, step: int, subset: str = "") -> files.Path:
     return workdir / "evaluation" / str(step) / subset
 
 
-def is_own(result: dict[str, Any], split: str = "") -> bool:
-    """Says whether metrics are of the run's own checkpoint and, where one is given, of a split."""
+def read(path: files.Path) -> dict[str, Any] | None:
+    """Returns an evaluation's metrics; None where they are absent or, after a fault, damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(found, dict) and "step" in found and BEST_METRIC in found.get("t2v", ())
+    return found if whole else None
+
+
+def is_own(result: dict[str, Any], workdir: files.Path, split: str = "") -> bool:
+    """Says whether metrics are of the run's own checkpoint and, where one is given, of a split.
+
+    They are not where the data have that name but are others than the run's.
+    """
+    said = result.get("protocol", {})
     own = {"checkpoint": f"{CHECKPOINTS}/{result['step']}"} | ({"split": split} if split else {})
     # What an evaluation of an earlier version does not say counts as the run's own.
-    said = result.get("protocol", {})
-    return all(said.get(key, value) == value for key, value in own.items())
+    if any(said.get(key, value) != value for key, value in own.items()):
+        return False
+    digest = said.get("data", {}).get("digest")
+    return not digest or _digests(workdir).get(said.get("split", split), digest) == digest
+
+
+def _digests(workdir: files.Path) -> dict[str, str]:
+    """Returns those of the splits that a run began with, which stay the same."""
+    if workdir not in _KNOWN and (found := recorded.digests(workdir)):
+        _KNOWN[workdir] = found
+    return _KNOWN.get(workdir, {})
+
+
+_KNOWN: dict[files.Path, dict[str, str]] = {}
 
 
 def own(workdir: files.Path, step: int, split: str = "", subset: str = "") -> dict[str, Any] | None:
@@ -43,11 +69,8 @@ def own(workdir: files.Path, step: int, split: str = "", subset: str = "") -> di
         split: what it must have been evaluated on; "" = whatever it was.
         subset: "" or TEST.
     """
-    try:
-        result = json.loads((results_at(workdir, step, subset) / "metrics.json").read_text())
-    except (FileNotFoundError, ValueError):  # absent or, after a disk's fault, damaged
-        return None
-    return result if is_own(result, split) else None
+    result = read(results_at(workdir, step, subset) / "metrics.json")
+    return result if result and is_own(result, workdir, split) else None
 
 
 def value(workdir: files.Path, step: int, split: str = "") -> float | None:
@@ -70,9 +93,39 @@ def best(workdir: files.Path, steps: Collection[int], split: str = "") -> tuple[
     return max(values, default=None)
 
 
+def subset(config: Mapping[str, Any], workdir: files.Path, digest: str = "") -> str:
+    """Names what a config evaluates, where that differs from the workdir's own run.
+
+    Args:
+        config: all of the evaluation's.
+        workdir: the run's directory, perhaps.
+        digest: of the split's data, where it is open.
+
+    Returns:
+        "" for the run's own evaluation split, or in a workdir without a run; else the split's name,
+        after those of the data set and variant where these differ too, and before the digest of
+        the data where these are others of the same name.
+
+    Raises:
+        UserError: the run's config.json cannot be read.
+    """
+    path = workdir / recorded.RECORDED
+    if not path.exists():
+        return ""
+    own, data = recorded.read(path).get("data", {}), config["data"]
+    same = {key: own.get(key) == data[key] for key in ("dataset", "variant", "eval_split")}
+    names = [data["eval_split"]]
+    if all(same.values()):
+        other = digest and recorded.digests(workdir).get(names[0], digest) != digest
+        return f"{names[0]}-{digest[:8]}" if other else ""
+    if not (same["dataset"] and same["variant"]):
+        names = [data["dataset"], data["variant"], *names]
+    return "-".join(filter(None, names))
+
+
 def read_best(workdir: files.Path) -> int | None:
     """Returns the step of best.json; None where there is none."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return int(json.loads((workdir / BEST).read_text())["step"])
     return None
 
@@ -112,7 +165,8 @@ def drop_beyond(workdir: files.Path, step: int, split: str) -> None:
         if folder.name.isdigit() and int(folder.name) > step:
             if own(workdir, int(folder.name), split) is not None:
                 (folder / "metrics.json").unlink()
-            (folder / TEST / "metrics.json").unlink(missing_ok=True)
+            for subset in ("ema", TEST, f"{TEST}/ema"):
+                (folder / subset / "metrics.json").unlink(missing_ok=True)
 
 
 def summarise(workdir: files.Path, split: str, test_split: str = "") -> None:
@@ -128,9 +182,12 @@ def summarise(workdir: files.Path, split: str, test_split: str = "") -> None:
     results = [
         result
         for path in (workdir / "evaluation").glob("*/metrics.json")
-        if is_own(result := json.loads(path.read_text()), split)
+        if (result := read(path)) and is_own(result, workdir, split)
     ]
     results.sort(key=lambda result: result["step"])
+    if not results:
+        say(f"no evaluation on the {split} split can be read in {workdir}")
+        return
     last = results[-1]
     # Of equal ones the later, as the checkpoints' retention has it.
     top = max(results, key=lambda result: (result["t2v"][BEST_METRIC], result["step"]))

@@ -28,6 +28,12 @@ def check_same_config(config: dict[str, Any], workdir: files.Path) -> None:
     """
     path = workdir / recorded.RECORDED
     if not path.exists():
+        if checkpoint.is_ours(workdir):
+            raise UserError(
+                f"{workdir} has checkpoints and no {recorded.RECORDED}: nothing says which run "
+                "they are of, and whether this one may go on from them. Put that file back, or "
+                "use another --workdir"
+            )
         return
     free = set(recorded.FREE)
     if not checkpoint.is_ours(workdir):
@@ -181,6 +187,8 @@ def evaluated_models(
     source = config["init_from"]
     if not source or checkpoint.is_ours(source):
         found = checkpoint.find(source or workdir)
+        if os.path.realpath(checkpoint.workdir_of(found)) == os.path.realpath(workdir):
+            found = workdir / checkpoint.DIRECTORY / found.name  # by whatever name it was given
         step, params = checkpoint.load_parameters(found, like.frozen)
         average = averaging.load(str(found), like.frozen)
         return structure, averaging.models(params, average), step, str(found)

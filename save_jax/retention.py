@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import checkpoint_managers
 
-from save_jax import distributed, files, results
+from save_jax import distributed, files, locks, results
 from save_jax.progress import say
 
 LATEST = 2  # the one before, should the last turn out to be damaged
@@ -76,6 +76,8 @@ class Retention:
         # whoever wrote them has come to write best.json.
         found = results.best(self._workdir, steps, self._split)
         best = {results.read_best(self._workdir), found[1] if found else None}
+        # Whoever evaluates a checkpoint holds that directory: it may be the best one in a moment.
+        held = [s for s in steps if (results.results_at(self._workdir, s) / locks.LOCK).exists()]
         decision = decide(
             steps,
             [step for step in steps if self._due(step)],
@@ -83,12 +85,12 @@ class Retention:
             [step for step in best if step is not None],
             self._most,
         )
-        for step in decision.unevaluated:
+        for step in set(decision.unevaluated) - set(held):
             say(
                 f"checkpoint {step} is dropped before it was evaluated: {self._most} later ones "
                 "(config.follow_keep) wait for the follower"
             )
-        return decision.kept
+        return decision.kept | frozenset(held)
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: checkpoint_managers.PreservationContext

@@ -11,6 +11,7 @@ import pytest
 
 from save_jax import checkpoint, frozen, sharding, train
 from save_jax.errors import OutageError, UserError
+from save_jax.train_state import to_tree
 from tests.support import object_store, synthetic
 from tests.support.training import RATES, mesh_of, program
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_resumed(tmp_path):
     """It holds all parameters; the next one of the run does not."""
     state = program(RATES, 1)[1]
     old = checkpoint.Checkpoints(tmp_path)
-    old._manager.save(2, args=checkpoint.ocp.args.StandardSave(checkpoint._to_tree(state, "")))
+    old._manager.save(2, args=checkpoint.ocp.args.StandardSave(to_tree(state, "")))
     old.wait()
     assert not (tmp_path / "frozen").exists()
     restored = old.restore(2, state)
@@ -112,6 +113,20 @@ def test_frozen_parameters_half_written_are_written_anew(workdir, tmp_path):
     checkpoints.wait()
     checkpoints.close()
     assert not left.exists()
+    loaded = checkpoint.load_parameters(tmp_path, everything(state))[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, everything(state))
+
+
+def test_frozen_parameters_that_an_earlier_start_left_damaged_are_written_anew(tmp_path):
+    state = program(RATES, 1)[1]
+    name = frozen.write(tmp_path, state.frozen)
+    for file in (tmp_path / "frozen" / name).rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"0" * file.stat().st_size)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, 1)
+    checkpoints.wait()
+    checkpoints.close()
     loaded = checkpoint.load_parameters(tmp_path, everything(state))[1]
     jax.tree.map(np.testing.assert_array_equal, loaded, everything(state))
 

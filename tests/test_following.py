@@ -81,6 +81,15 @@ def test_a_second_follower_is_not_taken_for_the_first_ones_end(tmp_path, fast):
         until((tmp_path / following.HEARTBEAT).exists, "the first one's is written again")
 
 
+def test_where_no_heartbeat_can_be_written_a_follower_does_not_begin(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError), beating(tmp_path / "file"):
+        pass
+    (tmp_path / following.HEARTBEAT).mkdir()
+    with pytest.raises(OSError, match=following.HEARTBEAT), beating(tmp_path):
+        pass
+
+
 # ------------------------------------------------------------------------- by the public commands
 
 

@@ -181,6 +181,22 @@ def test_importing_the_library_leaves_ctrl_c_alone():
     assert done.stdout == "default_int_handler\n"
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+              FileExistsError(errno.EEXIST, "File exists", "/a/b")]
+)  # fmt: skip
+def test_a_path_that_may_not_be_used_so_is_one_message(monkeypatch, capsys, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "parse", fail)
+    assert main.main(["command"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"error: /a/b: {error.strerror}. Choose another path, or let this account use it.\n"
+    )
+
+
 def test_once_a_command_runs_ctrl_c_reaches_it(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -48,6 +48,30 @@ def test_evaluations_of_something_else_choose_nothing(tmp_path, other):
     assert best(tmp_path)["step"] == 10
 
 
+def test_other_data_of_the_same_name_choose_nothing(tmp_path):
+    """The same split of another data directory: fewer captions, and so higher scores."""
+    digests = {"val": "a" * 32}
+    run = {"provenance": {"data": {"digests": digests}}, "data": {"eval_split": "val"}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    evaluation(tmp_path, 5, 90.0, data={"digest": "b" * 32})
+    evaluation(tmp_path, 10, 60.0, data={"digest": "a" * 32})
+    assert results.best(tmp_path, [5, 10], "val") == (60.0, 10)
+    config = {"data": {"dataset": None, "variant": None, "eval_split": "val"}}
+    assert results.subset(config, tmp_path, "a" * 32) == ""
+    assert results.subset(config, tmp_path, "b" * 32) == "val-bbbbbbbb"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"step": 5}', '{"step": 5, "t2v": {}}', "null"])
+def test_damaged_files_are_none(tmp_path, text):
+    evaluation(tmp_path, 10, 60.0)
+    (tmp_path / "evaluation/5").mkdir()
+    (tmp_path / "evaluation/5/metrics.json").write_text(text)
+    assert results.own(tmp_path, 5, "val") is None
+    (tmp_path / results.BEST).write_text(text)
+    assert results.read_best(tmp_path) in (None, 5)
+    results.summarise(tmp_path, "val")
+
+
 def test_an_evaluation_that_was_cut_short_counts_as_none(tmp_path):
     evaluation(tmp_path, 5, 90.0)
     (tmp_path / "evaluation/5/metrics.json").write_text('{"step": 5, "t2v": {')

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from save_jax import results, retention
+from save_jax import locks, results, retention
 from save_jax.retention import decide
 from tests.test_results import evaluation
 
@@ -46,3 +46,12 @@ def test_what_the_workdir_says_decides(tmp_path, capsys):
     results.write_best(tmp_path, [10, 50, 60], "val")
     evaluation(tmp_path, 50, 90.0)
     assert kept([10, 50, 60, 70, 80]) >= {10, 50}
+
+
+def test_a_checkpoint_that_is_being_evaluated_stays(tmp_path, capsys):
+    kept = retention.Retention(tmp_path, "val", lambda step: True, most=2)
+    with locks.hold(results.results_at(tmp_path, 10)):
+        assert kept([10, 20, 30, 40]) == {10, 30, 40}
+        said = capsys.readouterr().out
+        assert "checkpoint 20 is dropped" in said and "checkpoint 10" not in said
+    assert kept([10, 30, 40]) == {30, 40}

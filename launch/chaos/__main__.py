@@ -1,4 +1,4 @@
-"""Kills, stops and interrupts a run's processes at random moments; checks that nothing is lost.
+r"""Kills, stops and interrupts a run's processes at random moments; checks that nothing is lost.
 
 python -m launch.chaos --data=PREPARED --workdir=DIR [--faults=N] [--least=N] [--seed=N] \
     [--config.KEY=VALUE ...]

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from configs import base
 from launch.chaos import verdicts
 from launch.chaos.jobs import CHECKPOINT, EVALUATION, STAGES, START, STEP, Job, Shape
 from launch.chaos.verdicts import Failure
+from save_jax import files
 from save_jax.errors import UserError
 from save_jax.progress import duration
 
@@ -74,13 +76,31 @@ class Campaign:
         self.hit: collections.Counter[str] = collections.Counter()
         self._start_up = 10.0  # seconds, as the last job without a fault in it took
         self._journal = self._directory / "chaos.jsonl"
+        if self._wanted < 1 or self._least < 0:
+            raise UserError("expected --faults of at least 1, and --least of at least 0")
+        if unknown := set(self._models) - set(base.MODELS):
+            raise UserError(
+                f"--models: {unknown} unknown, expected some of {', '.join(base.MODELS)}"
+            )
+        if not any(self._data.glob("*/*/*/metadata.json")):
+            raise UserError(f"--data={self._data}: expected prepared data (see --help), found none")
+        self._directory.mkdir(parents=True, exist_ok=True)
         if self._journal.exists():
-            self._done = [json.loads(line) for line in self._journal.read_text().splitlines()]
+            lines = self._journal.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # a kill has cut it off
+                files.write(self._journal, "".join(lines[:-1]))
+                lines.pop()
+            self._done = [json.loads(line) for line in lines]
             if any(case["seed"] != self._seed for case in self._done):
                 raise UserError(
                     f"{self._directory} holds a campaign of --seed={self._done[0]['seed']}: "
                     "use that seed, or another --workdir"
                 )
+        elif any(self._directory.iterdir()):
+            raise UserError(
+                f"--workdir={self._directory}: expected an empty directory, or a new one"
+            )
+        self._journal.touch()
         for case in self._done:
             self.hit.update(case["faults"])
 

@@ -174,7 +174,7 @@ def _export(args: argparse.Namespace) -> None:
         config[recorded.PROVENANCE] = found[recorded.PROVENANCE]
     with _appearing_at_once(args.out) as temporary:
         kept = export.write(temporary, values, args.format, args.dtype, names, config)
-    print(f"{args.out}: {len(values)} parameters as {args.format}")
+    print(f"{args.out}: {len(values)} arrays as {args.format}")
     if config and args.format != "safetensors":
         differing = recorded.differences(base.get_config().to_dict(), config)
         print(

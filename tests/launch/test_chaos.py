@@ -26,10 +26,35 @@ def test_a_run_that_is_struck_ends_with_the_bits_of_one_that_is_not(data, tmp_pa
     (case, *_) = [json.loads(line) for line in (tmp_path / "chaos.jsonl").read_text().splitlines()]
     assert case["verdict"] == "bit-equal" and case["distance"] == 0
     assert "faults, nothing lost: start-up " in capsys.readouterr().out
-    # What is done is not done again; another seed is another campaign.
+    # What is done is not done again, whatever a kill has left; another seed is another campaign.
+    with open(tmp_path / "chaos.jsonl", "a") as journal:
+        journal.write('{"case": 1, "se')
     assert command.main([*options, "--faults=1", "--least=0"]) == 0
     assert command.main([*options, "--faults=1", "--least=0", "--seed=1"]) == 2
     assert "holds a campaign of --seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=EMPTY", "--workdir=W"], "expected prepared data"),
+        (["--data=DATA", "--workdir=FULL"], "expected an empty directory, or a new one"),
+        (["--data=DATA", "--workdir=W", "--faults=-1"], "expected --faults of at least 1"),
+        (["--data=DATA", "--workdir=W", "--models=sav"], "expected some of"),
+        (["--data=DATA", "--workdir=W", "--nope=1"], "--nope"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(data, tmp_path, capsys, flags, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "case0").write_text("somebody's")
+    places = {"EMPTY": "empty", "FULL": "full", "W": "new"}
+    for name, place in places.items():
+        flags = [flag.replace(f"={name}", f"={tmp_path / place}") for flag in flags]
+    flags = [flag.replace("=DATA", f"={data}") for flag in flags]
+    assert command.main(flags) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "full" / "case0").exists()
 
 
 class Finished:
