@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from types import FrameType
-from typing import ParamSpec
+from typing import ParamSpec, TypeGuard
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -34,9 +34,7 @@ _OF_THE_PATH = frozenset(
     }
 )
 # What the system says of a path that this account may not use so, or that is no directory.
-_REFUSED = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
-)
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
 # What the system says of a program that misuses it: a fault of ours, whose traceback is wanted.
 _OF_THE_PROGRAM = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH, errno.ENOTTY})
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -168,7 +166,7 @@ def report(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         message = f"{error}. Make room there, and run the same command again to resume."
         return _end("error", message, 2)
-    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+    if _is_refused(error):
         message = (
             f"{error.filename}: {error.strerror}. Choose another path, or let this account use it."
         )
@@ -181,6 +179,15 @@ def report(error: BaseException) -> int | None:
         "again, run the same command again to resume."
     )
     return _end("interrupted", message, os.EX_TEMPFAIL)
+
+
+def _is_refused(error: BaseException) -> TypeGuard[OSError]:
+    """Says whether a path that the user gave cannot be used so, and no fault of ours is behind."""
+    if not isinstance(error, OSError) or not error.filename:
+        return False
+    # Where a directory is to be made, a file lies; else it is our own mistake.
+    file = error.errno == errno.EEXIST and os.path.isfile(error.filename)
+    return file or error.errno in _REFUSED
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from save_jax.progress import Progress, Writer, say
 from save_jax.similarity import normalise, similarity
 
 ABLATED_UP_TO = 20_000  # videos; each view of them takes as much host memory as the whole model's
-SIMILARITY, METRICS = "similarity.npy", "metrics.json"
+SIMILARITY = "similarity.npy"
 Heed = Callable[[], None]  # called between batches; raises what ends the evaluation
 
 
@@ -228,7 +228,7 @@ def _similarity_file(
         captions, videos: rows and columns.
         entries: the most that are written.
     """
-    path, vouching = directory / SIMILARITY, directory / METRICS
+    path, vouching = directory / SIMILARITY, directory / results.METRICS
     if captions * videos > entries:
         yield None
         if jax.process_index() == 0:
@@ -272,7 +272,7 @@ def write(
         ((caption, data.video_ids[row], group) for caption, row, group in captions),
     )
     _write_csv(directory / "videos.csv", ("video_id",), ((video,) for video in data.video_ids))
-    files.write(directory / "metrics.json", json.dumps(result, indent=2) + "\n")
+    files.write(directory / results.METRICS, json.dumps(result, indent=2) + "\n")
 
 
 def _write_csv(path: files.Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

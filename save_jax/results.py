@@ -17,6 +17,7 @@ from save_jax.progress import say
 
 CHECKPOINTS = "checkpoints"  # within a workdir
 BEST = "best.json"  # likewise
+METRICS = "metrics.json"  # of each evaluation
 BEST_METRIC = "SumR"  # of text→video
 TEST = "test"  # below evaluation/STEP: results of config.data.test_split, whatever its name
 
@@ -36,10 +37,15 @@ def read(path: files.Path) -> dict[str, Any] | None:
     return found if whole else None
 
 
-def is_own(result: dict[str, Any], workdir: files.Path, split: str = "") -> bool:
+def is_own(result: dict[str, Any], digests: Mapping[str, str], split: str = "") -> bool:
     """Says whether metrics are of the run's own checkpoint and, where one is given, of a split.
 
     They are not where the data have that name but are others than the run's.
+
+    Args:
+        result: of `read`.
+        digests: of the run's splits (`recorded.digests`).
+        split: what it must have been evaluated on; "" = whatever it was.
     """
     said = result.get("protocol", {})
     own = {"checkpoint": f"{CHECKPOINTS}/{result['step']}"} | ({"split": split} if split else {})
@@ -47,38 +53,40 @@ def is_own(result: dict[str, Any], workdir: files.Path, split: str = "") -> bool
     if any(said.get(key, value) != value for key, value in own.items()):
         return False
     digest = said.get("data", {}).get("digest")
-    return not digest or _digests(workdir).get(said.get("split", split), digest) == digest
+    return not digest or digests.get(said.get("split", split), digest) == digest
 
 
-def _digests(workdir: files.Path) -> dict[str, str]:
-    """Returns those of the splits that a run began with, which stay the same."""
-    if workdir not in _KNOWN and (found := recorded.digests(workdir)):
-        _KNOWN[workdir] = found
-    return _KNOWN.get(workdir, {})
-
-
-_KNOWN: dict[files.Path, dict[str, str]] = {}
-
-
-def own(workdir: files.Path, step: int, split: str = "", subset: str = "") -> dict[str, Any] | None:
+def own(
+    workdir: files.Path,
+    step: int,
+    split: str = "",
+    subset: str = "",
+    digests: Mapping[str, str] | None = None,
+) -> dict[str, Any] | None:
     """Returns the metrics of a checkpoint of the run; None where no evaluation of it is complete.
 
     Args:
         workdir: the run's directory.
         step: updates that made the checkpoint.
         split: what it must have been evaluated on; "" = whatever it was.
-        subset: "" or TEST.
+        subset: of the results, say TEST.
+        digests: as in `is_own`; None reads them, once for many evaluations.
     """
-    result = read(results_at(workdir, step, subset) / "metrics.json")
-    return result if result and is_own(result, workdir, split) else None
+    result = read(results_at(workdir, step, subset) / METRICS)
+    if result is None:
+        return None
+    digests = recorded.digests(workdir) if digests is None else digests
+    return result if is_own(result, digests, split) else None
 
 
-def value(workdir: files.Path, step: int, split: str = "") -> float | None:
+def value(
+    workdir: files.Path, step: int, split: str = "", digests: Mapping[str, str] | None = None
+) -> float | None:
     """Returns what a checkpoint's evaluation gives it among the others; None without one.
 
-    Of a run of an earlier version it may stand with the checkpoint alone.
+    Of a run of an earlier version it may stand with the checkpoint alone. Arguments as in `own`.
     """
-    result = own(workdir, step, split)
+    result = own(workdir, step, split, digests=digests)
     if result is not None:
         return result["t2v"][BEST_METRIC]
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -89,8 +97,9 @@ def value(workdir: files.Path, step: int, split: str = "") -> float | None:
 
 def best(workdir: files.Path, steps: Collection[int], split: str = "") -> tuple[float, int] | None:
     """Returns value and step of the best of some checkpoints, of equal ones the later."""
-    values = [(found, step) for step in steps if (found := value(workdir, step, split)) is not None]
-    return max(values, default=None)
+    digests = recorded.digests(workdir)
+    values = ((value(workdir, step, split, digests), step) for step in steps)
+    return max(((total, step) for total, step in values if total is not None), default=None)
 
 
 def subset(config: Mapping[str, Any], workdir: files.Path, digest: str = "") -> str:
@@ -161,12 +170,14 @@ def drop_beyond(workdir: files.Path, step: int, split: str) -> None:
     """
     if jax.process_index():
         return
+    digests = recorded.digests(workdir)
     for folder in (workdir / "evaluation").glob("*"):
-        if folder.name.isdigit() and int(folder.name) > step:
-            if own(workdir, int(folder.name), split) is not None:
-                (folder / "metrics.json").unlink()
-            for subset in ("ema", TEST, f"{TEST}/ema"):
-                (folder / subset / "metrics.json").unlink(missing_ok=True)
+        if not folder.name.isdigit() or int(folder.name) <= step:
+            continue
+        # Not those of other weights, or of other splits and data, which are as true as before.
+        for subset, of in (("", split), ("ema", split), (TEST, ""), (f"{TEST}/ema", "")):
+            if own(workdir, int(folder.name), of, subset, digests) is not None:
+                (folder / subset / METRICS).unlink()
 
 
 def summarise(workdir: files.Path, split: str, test_split: str = "") -> None:
@@ -179,10 +190,11 @@ def summarise(workdir: files.Path, split: str, test_split: str = "") -> None:
         split: whose results choose the best checkpoint.
         test_split: whose results are reported of it; "" = those of `split` itself.
     """
+    digests = recorded.digests(workdir)
     results = [
         result
-        for path in (workdir / "evaluation").glob("*/metrics.json")
-        if (result := read(path)) and is_own(result, workdir, split)
+        for path in (workdir / "evaluation").glob(f"*/{METRICS}")
+        if (result := read(path)) and is_own(result, digests, split)
     ]
     results.sort(key=lambda result: result["step"])
     if not results:

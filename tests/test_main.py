@@ -181,20 +181,24 @@ def test_importing_the_library_leaves_ctrl_c_alone():
     assert done.stdout == "default_int_handler\n"
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Permission denied", "/a/b"),
-              FileExistsError(errno.EEXIST, "File exists", "/a/b")]
-)  # fmt: skip
-def test_a_path_that_may_not_be_used_so_is_one_message(monkeypatch, capsys, error):
+@pytest.mark.parametrize("kind", [PermissionError, FileExistsError])
+def test_a_path_that_may_not_be_used_so_is_one_message(monkeypatch, capsys, tmp_path, kind):
+    number = {PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}[kind]
+    path = tmp_path / "file"
+    path.write_text("where a directory is to be made")
+
     def fail(*arguments):
-        raise error
+        raise kind(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(cli, "parse", fail)
     assert main.main(["command"]) == 2
     said = capsys.readouterr().err
-    assert (
-        said == f"error: /a/b: {error.strerror}. Choose another path, or let this account use it.\n"
-    )
+    why = f"{path}: {os.strerror(number)}. Choose another path, or let this account use it."
+    assert said == f"error: {why}\n"
+    if kind is FileExistsError:  # of what is no file, it is our own mistake
+        path.unlink()
+        with pytest.raises(FileExistsError):
+            main.main(["command"])
 
 
 def test_once_a_command_runs_ctrl_c_reaches_it(monkeypatch, capsys):

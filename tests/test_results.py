@@ -92,12 +92,17 @@ def test_what_lies_beyond_the_step_of_a_restart_is_evaluated_again(tmp_path):
     for step in (5, 10, 15):
         evaluation(tmp_path, step, 50.0)
     evaluation(tmp_path, 15, 50.0, results.TEST, split="test")
+    evaluation(tmp_path, 15, 50.0, "ema")
     evaluation(tmp_path, 20, 50.0, checkpoint="/elsewhere/a.pt")
+    evaluation(tmp_path, 20, 50.0, "ema", checkpoint="/elsewhere/a.pt")
     results.drop_beyond(tmp_path, 10, "val")
     own = [step for step in (5, 10, 15) if results.own(tmp_path, step, "val")]
     assert own == [5, 10]
     assert results.own(tmp_path, 15, "test", results.TEST) is None
-    assert (tmp_path / "evaluation/20/metrics.json").exists(), "it is of other weights"
+    assert results.own(tmp_path, 15, "val", "ema") is None
+    for subset in ("", "ema"):
+        path = results.results_at(tmp_path, 20, subset) / results.METRICS
+        assert path.exists(), "it is of other weights"
 
 
 def test_a_summary_reports_on_the_test_split_what_the_other_chose(tmp_path, capsys):
