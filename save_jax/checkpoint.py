@@ -56,16 +56,8 @@ class Checkpoints:
         """Returns the last complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(
-        self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None
-    ) -> None:
-        """Starts writing; returns once the arrays are copied, so the caller may donate them.
-
-        Args:
-            state: what to write.
-            step: the checkpoint's name.
-            metrics: what is known of it already, for its retention (`results.value`).
-        """
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts writing; returns once the arrays are copied, so the caller may donate them."""
         files.check(self._directory)
         with checkpoint_errors.writing(self.workdir):
             # First: a checkpoint is none without them.
@@ -78,7 +70,6 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(to_tree(state, self._digest)),
-                metrics=None if metrics is None else dict(metrics),
                 force=True,
             )
 

@@ -22,11 +22,11 @@ def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     state = program(RATES, 1)[1]
     checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save(state, 3, None)
+    checkpoints.save(state, 3)
     later = state._replace(
         step=state.step + 7, trained=jax.tree.map(lambda a: a + 1, state.trained)
     )
-    checkpoints.save(later, 7, {"SumR": 1.0})
+    checkpoints.save(later, 7)
     checkpoints.wait()
     checkpoints.close()
     return workdir

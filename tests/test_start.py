@@ -19,7 +19,7 @@ def workdir(tmp_path_factory):
         step=state.step + 7, trained={k: v + 1 for k, v in state.trained.items()}
     )
     checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save(moved, 7, None)
+    checkpoints.save(moved, 7)
     checkpoints.wait()
     checkpoints.close()
     return workdir

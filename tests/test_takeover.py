@@ -213,7 +213,7 @@ files.guards.insert(0, taken)
 with locks.hold(workdir):
     checkpoints = checkpoint.Checkpoints(workdir)
     tree = {"a": jnp.ones(3)}
-    checkpoints.save(checkpoint.TrainState(jnp.int32(1), tree, {}, (), None, {}), 1, None)
+    checkpoints.save(checkpoint.TrainState(jnp.int32(1), tree, {}, (), None, {}), 1)
     checkpoints.wait()
     print("committed")
 """

@@ -83,7 +83,7 @@ def test_export_then_import_is_exact(form, tmp_path):
 def test_an_export_of_a_run_warns_of_nothing(tmp_path, caplog, capfd):
     with contextlib.closing(checkpoint.Checkpoints(tmp_path / "run")) as checkpoints:
         ours = jax.tree.map(jnp.asarray, ours_at_random())
-        checkpoints.save(checkpoint.TrainState(jnp.int32(40), ours, {}, (), (), {}), 40, None)
+        checkpoints.save(checkpoint.TrainState(jnp.int32(40), ours, {}, (), (), {}), 40)
     file = tmp_path / "file"
     absl = logging.getLogger("absl")
     absl.addHandler(caplog.handler)

@@ -180,7 +180,7 @@ def test_a_workdir_with_optimiser_state_gives_its_latest_step(tmp_path):
             hyperparameters=(),
             average={},
         )
-        manager.save(state, step, None)
+        manager.save(state, step)
         manager.wait()
     manager.close()
     assert_equal(load(str(tmp_path)).parameters, expected)
